@@ -1,0 +1,29 @@
+# A character model of 0.8M parameters on tiny Shakespeare, for a laptop's CPU.
+#   python data/shakespeare_char/prepare.py && python train.py config/train_shakespeare_char_cpu.py
+# 12 rows x 64 tokens x 2000 iterations = 1.5M tokens, one and a half times the text
+
+out_dir = 'out-shakespeare-char'
+eval_interval = 250
+eval_iters = 20
+log_interval = 10
+always_save_checkpoint = False  # keep the best
+
+wandb_project = 'shakespeare-char'
+wandb_run_name = 'mini-gpt-cpu'
+
+dataset = 'shakespeare_char'
+gradient_accumulation_steps = 1
+batch_size = 12
+block_size = 64
+
+n_layer = 4
+n_head = 4
+n_embd = 128
+dropout = 0.0  # so few tokens can't be learnt by heart
+
+learning_rate = 1e-3
+max_iters = 2000
+lr_decay_iters = 2000
+min_lr = 1e-4
+warmup_iters = 100
+beta2 = 0.99  # a longer memory, for there are few tokens an iteration

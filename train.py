@@ -1,0 +1,428 @@
+"""
+Trains a GPT, in one process or in many. A run is exact: its batches, dropout and learning rates are a function of its
+settings alone, however often it is stopped and resumed, and on however many processes.
+
+    python train.py config/train_shakespeare_char_cpu.py                     on a laptop
+    torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py   on 8 GPUs
+    python train.py config/train_gpt2.py --init_from=resume                  from the last checkpoint on
+"""
+
+import contextlib
+import csv
+import math
+import os
+import re
+import signal
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
+from tqdm import tqdm
+
+from configurator import configure
+from data.common import open_ids, read_meta, remedy, whole
+from model import GPT, GPTConfig, load_checkpoint, load_optimizer, save_checkpoint, setup_device
+
+# where it goes, and how often
+out_dir = 'out'  # folder of ckpt.pt, last.pt and log.csv
+eval_interval = 2000  # updates between evaluations
+log_interval = 1  # updates between log lines
+eval_iters = 200  # batches of each split in an evaluation
+eval_only = False  # evaluate once, write nothing
+always_save_checkpoint = True  # at each evaluation; False: only when the validation loss improved
+init_from = 'scratch'  # 'scratch', 'resume', 'auto' (resume if there is a checkpoint), 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', a folder
+# wandb
+wandb_log = False
+wandb_project = 'owt'
+wandb_run_name = 'gpt2'
+# data: an iteration takes gradient_accumulation_steps * batch_size rows of block_size tokens, over all processes
+dataset = 'openwebtext'  # a folder under data/
+gradient_accumulation_steps = 5 * 8  # micro-batches an iteration, shared by all processes
+batch_size = 12  # rows in a micro-batch
+block_size = 1024  # tokens in a row
+# model
+n_layer = 12
+n_head = 12
+n_embd = 768
+dropout = 0.0  # 0 for pretraining, 0.1 or more for finetuning
+bias = False  # in linear layers and layer norms
+# AdamW
+learning_rate = 6e-4  # the highest
+max_iters = 600000  # updates in all
+weight_decay = 1e-1  # of matrices and embeddings
+beta1 = 0.9
+beta2 = 0.95
+grad_clip = 1.0  # largest norm of the gradient; 0: no limit
+# learning rate
+decay_lr = True  # False: constant, without a warm-up
+warmup_iters = 2000
+lr_decay_iters = 600000  # about max_iters (Hoffmann et al. 2022)
+min_lr = 6e-5  # from lr_decay_iters on, about learning_rate / 10
+# machine
+backend = 'auto'  # of the processes: 'nccl' (GPUs), 'gloo' (CPUs)
+device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'
+dtype = 'auto'  # 'bfloat16' where native, 'float16', 'float32'
+compile = 'auto'  # True, False; 'auto': on CUDA
+# exactness
+seed = 1337
+deterministic = False  # on CUDA, bit for bit: slower, and not needed on a CPU with fewer than four processes
+
+config = configure(globals())
+
+LEAST = dict(eval_interval=1, log_interval=1, eval_iters=1, gradient_accumulation_steps=1, batch_size=1, block_size=1,
+             n_layer=1, n_head=1, n_embd=1, learning_rate=0, max_iters=0, weight_decay=0, grad_clip=0, warmup_iters=0,
+             lr_decay_iters=0, min_lr=0, dropout=0, beta1=0, beta2=0, seed=0)
+for key, least in LEAST.items():
+    limit = 1 if key in ("dropout", "beta1", "beta2") else 2 ** 62
+    if not least <= config[key] < limit:
+        raise ValueError(f"{key}={config[key]} is out of range: it must be at least {least} and below {limit}")
+COLUMNS = "iter train_loss val_loss loss lr grad_norm tokens_per_s time_ms mfu".split()
+TRAIN, EVAL_TRAIN, EVAL_VAL, DROPOUT = range(4)  # streams of random numbers
+
+# ---- processes ----
+
+rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+master = rank == 0  # the one that prints, logs and writes
+stop_signal = 0
+
+
+def on_signal(number, frame):
+    """Asks the loop to stop after this update. A second Ctrl-C stops at once; torchrun passes on each one twice."""
+    global stop_signal
+    if number == stop_signal == signal.SIGINT and world_size == 1:
+        raise KeyboardInterrupt
+    stop_signal = number
+
+
+signal.signal(signal.SIGTERM, on_signal)
+signal.signal(signal.SIGINT, on_signal)
+if gradient_accumulation_steps % world_size:
+    raise ValueError(f"gradient_accumulation_steps={gradient_accumulation_steps} cannot be shared by {world_size} processes: "
+                     f"choose a multiple of {world_size}")
+
+# ---- what to start from ----
+
+paths = {name: os.path.join(out_dir, name) for name in ("ckpt.pt", "last.pt")}
+found = [path for path in paths.values() if os.path.exists(path)]
+checkpoint = None
+if init_from == "resume" and not found:
+    raise ValueError(f"init_from='resume', but {out_dir!r} holds no ckpt.pt: start with --init_from=scratch, or name its --out_dir")
+if init_from in ("resume", "auto") and found:
+    checkpoint = max(map(load_checkpoint, found), key=lambda checkpoint: checkpoint["iter_num"])
+    if dtype == "auto":
+        dtype = checkpoint["config"].get("dtype", "auto")
+elif init_from not in ("scratch", "auto", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl") and not os.path.isdir(init_from):
+    raise ValueError(f"init_from={init_from!r} is none of 'scratch', 'resume', 'auto', 'gpt2', 'gpt2-medium', 'gpt2-large', "
+                     "'gpt2-xl', and not a folder either")
+
+# ---- device ----
+
+device, dtype, compile = setup_device(device, dtype, compile, deterministic)
+device_type = device.split(":")[0]
+autocast = contextlib.nullcontext() if dtype == "float32" else torch.autocast(device_type, dtype=getattr(torch, dtype))
+if backend == "auto":
+    backend = "nccl" if device_type == "cuda" else "gloo"
+if backend not in ("gloo", "nccl") or (backend == "nccl" and device_type != "cuda" and world_size > 1):
+    raise ValueError(f"backend={backend!r} does not fit device={device!r}: choose 'gloo' for CPUs, 'nccl' for GPUs")
+if world_size > 1:  # CPU tensors, which carry the flags of each iteration, always go by gloo
+    dist.init_process_group(f"cpu:gloo,cuda:{backend}" if device_type == "cuda" else "gloo")
+
+# ---- data ----
+
+meta = read_meta(dataset)
+for split in ("train", "val"):
+    open_ids(dataset, split, 1)  # fails before the model is built, not after
+
+
+def draw(stream, i, count, micro=0):
+    """`count` random 64-bit numbers, a pure function of (seed, stream, i, micro): Philox is counter-based (Salmon et al. 2011)."""
+    return np.random.Philox(key=(seed, stream), counter=(0, 0, micro, i)).random_raw(count)
+
+
+def get_batch(split, stream, i, rows=batch_size, micro=0):
+    """
+    Micro-batch `micro` of the `rows` rows of iteration `i` in `stream`: ids and the ids one position on, each
+    (batch_size, block_size), on the device. The map is made anew each time: an old one keeps all it has read in memory.
+    """
+    data = open_ids(dataset, split, block_size)
+    # the modulo favours low offsets by under 1e-9; unlike numpy's integers(), it stays the same in every version
+    offsets = draw(stream, i, rows)[micro * batch_size:(micro + 1) * batch_size] % (len(data) - block_size)
+    ids = data[offsets.astype(np.int64)[:, None] + np.arange(block_size + 1)]
+    if ids.max() >= model.config.vocab_size:
+        raise ValueError(f"{data.filename} has the id {ids.max()}, the model a vocabulary of {model.config.vocab_size}: {remedy(dataset)}")
+    ids = torch.from_numpy(ids.astype(np.int64))
+    if device_type == "cuda":
+        ids = ids.pin_memory().to(device, non_blocking=True)
+    else:
+        ids = ids.to(device)
+    return ids[:, :-1], ids[:, 1:]
+
+
+def micro_batches(start):
+    """The micro-batches of this process, in order, from iteration `start` on."""
+    for i in range(start, max_iters):
+        for micro in range(rank, gradient_accumulation_steps, world_size):
+            yield get_batch("train", TRAIN, i, gradient_accumulation_steps * batch_size, micro)
+
+
+# ---- model ----
+
+iter_num, best_val_loss, skipped, skipped_in_a_row, resumed_wandb_id = 0, 1e9, 0, 0, None
+torch.manual_seed(seed)
+if checkpoint:
+    model = GPT.from_checkpoint(checkpoint, dropout)
+    iter_num, best_val_loss = checkpoint["iter_num"], checkpoint["best_val_loss"]
+    (skipped, skipped_in_a_row), resumed_wandb_id = checkpoint.get("skipped", (0, 0)), checkpoint.get("wandb_id")
+elif init_from in ("scratch", "auto"):
+    vocab_size = meta["vocab_size"] if meta else 50304
+    model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias))
+else:
+    model = GPT.from_pretrained(init_from, dict(dropout=dropout))
+    model.crop_block_size(block_size)
+fresh = checkpoint is None
+saved_at = iter_num if checkpoint else None  # the iteration that the newest checkpoint on disk holds
+block_size = model.config.block_size
+shape = {key: getattr(model.config, key) for key in ("n_layer", "n_head", "n_embd", "block_size", "bias")}
+config.update(shape, device=device, dtype=dtype, compile=compile, backend=backend)
+model.to(device)
+
+# ---- optimizer ----
+
+optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
+scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
+if checkpoint:
+    load_optimizer(optimizer, checkpoint["optimizer"])
+    scaler.load_state_dict(checkpoint.get("scaler") or scaler.state_dict())
+    for key, old in checkpoint["config"].items():
+        if master and key in config and config[key] != old and key not in ("init_from", "device", "compile", "backend"):
+            print(f"note: {key} was {old!r}, and is {config[key]!r} from here on")
+    checkpoint = None  # its memory
+
+if world_size > 1:  # say so now, not by a hang later
+    mine = (iter_num, {key: value for key, value in config.items() if not key.startswith(("device", "wandb"))})
+    theirs = [None] * world_size
+    dist.all_gather_object(theirs, mine)
+    for other in range(world_size):
+        if theirs[other] != mine:
+            raise ValueError(f"process {other} starts at iteration {theirs[other][0]} with other settings or files than process "
+                             f"{rank} (iteration {iter_num}): start all alike, with out_dir on storage that all share")
+
+
+def wrap(module):
+    return DDP(module, gradient_as_bucket_view=True, find_unused_parameters=deterministic) if world_size > 1 else module
+
+
+compiled = torch.compile(model) if compile else model
+wrapped = wrap(compiled)  # `model` stays the bare one, which is saved
+if compile:  # the first pass compiles: it is tried here, on a batch that counts for nothing
+    failure = ""
+    try:
+        with wrapped.no_sync() if world_size > 1 else contextlib.nullcontext(), autocast:
+            wrapped(*get_batch("train", TRAIN, 0))[1].backward()
+    except Exception as error:  # whatever a compiler may raise
+        failure = f"{type(error).__name__}: {error}".strip().split("\n")[0]
+    failed = torch.tensor(bool(failure), dtype=torch.int32)
+    if world_size > 1:
+        dist.all_reduce(failed, dist.ReduceOp.MAX)
+    if failed and (master or failure):
+        print(f"compiling failed, going on without (--compile=False says so at once): {failure}", file=sys.stderr)
+    if failed:
+        compiled, wrapped = model, wrap(model)
+    model.zero_grad()
+
+# ---- evaluation, logging, saving ----
+
+
+@torch.no_grad()
+def estimate_loss():
+    """Mean loss of the same `eval_iters` batches each time, shared by all processes: {'train': loss, 'val': loss}."""
+    means = {}
+    compiled.eval()
+    for split, stream in (("train", EVAL_TRAIN), ("val", EVAL_VAL)):
+        losses = torch.zeros(eval_iters, device=device)
+        for k in tqdm(range(rank, eval_iters, world_size), f"evaluating on {split}", leave=False, delay=2,
+                      disable=not (master and sys.stderr.isatty())):
+            with autocast:
+                losses[k] = compiled(*get_batch(split, stream, k))[1]
+        if world_size > 1:
+            dist.all_reduce(losses)  # each one plus zeros: the mean is bitwise that of one process
+        means[split] = losses.cpu().double().mean().item()
+    compiled.train()
+    return means
+
+
+def get_lr(i):
+    """Learning rate of update `i`: linear warm-up, then half a cosine down to min_lr (Loshchilov & Hutter 2017)."""
+    if not decay_lr:
+        return learning_rate
+    if i < warmup_iters:
+        return learning_rate * (i + 1) / (warmup_iters + 1)
+    if i >= lr_decay_iters:
+        return min_lr
+    done = (i - warmup_iters) / (lr_decay_iters - warmup_iters)
+    return min_lr + (learning_rate - min_lr) * (1 + math.cos(math.pi * done)) / 2
+
+
+def set_aside(path, stem, ending):
+    """Renames `path`, a file of an earlier run, to the next free name stem.1.ending, stem.2.ending, …"""
+    k = 1
+    while os.path.exists(new := os.path.join(out_dir, f"{stem}.{k}.{ending}")):
+        k += 1
+    os.rename(path, new)
+    print(f"kept {path}, of an earlier run, as {new}")
+
+
+def save(name):
+    """Writes the state of the run as it is before update `iter_num`; what is restored from it stands under 'model' above."""
+    global fresh, saved_at
+    if not master:
+        return
+    log_file.flush()
+    os.fsync(log_file.fileno())
+    for old in ("last.pt", "ckpt.pt"):
+        if fresh and os.path.exists(paths[old]):
+            set_aside(paths[old], "ckpt", "pt")
+    fresh, saved_at = False, iter_num
+    model_args = dict(shape, vocab_size=model.config.vocab_size, dropout=dropout)
+    save_checkpoint(dict(model=model.state_dict(), optimizer=optimizer.state_dict(), model_args=model_args, iter_num=iter_num,
+                         best_val_loss=best_val_loss, config=config, scaler=scaler.state_dict(),
+                         skipped=(skipped, skipped_in_a_row), wandb_id=wandb_id), paths[name])
+
+
+# ---- ready ----
+
+tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
+wandb_id = resumed_wandb_id
+if master:
+    print(f"{model.get_num_params(False) / 1e6:.2f}M parameters, {tokens_per_iter:,} tokens an iteration, "
+          f"{world_size} x {device_type} in {dtype}{', compiled' if compiled is not model else ''}, from iteration {iter_num}")
+if master and not eval_only:
+    log_path = os.path.join(out_dir, "log.csv")
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+        if fresh and found and os.path.exists(log_path):
+            set_aside(log_path, "log", "csv")
+        lines = [",".join(COLUMNS) + "\n"]
+        if os.path.exists(log_path):
+            with open(log_path) as file:  # a row that a crash cut short, or that is to come again, goes
+                lines += [line for line in file if re.match(r"\d+,.*\n", line) and int(line.split(",")[0]) < iter_num]
+        with whole(log_path) as scrap, open(scrap, "w") as file:
+            file.writelines(lines)
+        log_file = open(log_path, "a", newline="")
+    except OSError as error:
+        raise ValueError(f"cannot write to out_dir={out_dir!r}: {error}") from None
+    log = csv.DictWriter(log_file, COLUMNS, lineterminator="\n")
+    if wandb_log:
+        import wandb
+        try:
+            wandb_id = wandb.init(project=wandb_project, name=wandb_run_name, config=config, id=wandb_id, resume="allow").id
+        except wandb.Error as error:
+            raise ValueError(f"wandb: {error} (WANDB_MODE=offline needs no account)") from None
+
+
+def record(wandb_names, **row):
+    """Adds a row to log.csv; to wandb what `wandb_names` names, as {column: its name there}. An iteration is a step there."""
+    log.writerow(row)
+    log_file.flush()
+    if wandb_log:
+        wandb.log({name: row[key] for key, name in wandb_names.items() if row[key] is not None}, step=row["iter"])
+
+
+# ---- the loop ----
+
+started, first_iter = time.perf_counter(), iter_num
+seconds, updates = 0.0, 0  # in updates alone, since the last log line
+batches, ahead = micro_batches(iter_num), None
+stop = 0
+while True:
+    last_step = iter_num >= max_iters
+    lr = get_lr(iter_num)
+
+    if eval_only or last_step or iter_num % eval_interval == 0:
+        losses = estimate_loss()
+        if master:
+            print(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}", flush=True)
+        if eval_only:
+            break
+        if master:
+            record(dict(iter="iter", train_loss="train/loss", val_loss="val/loss", lr="lr"),
+                   iter=iter_num, train_loss=losses["train"], val_loss=losses["val"], lr=lr)
+        improved = losses["val"] < best_val_loss
+        best_val_loss = min(best_val_loss, losses["val"]) if improved else best_val_loss
+        if iter_num > 0 and (improved or always_save_checkpoint):
+            save("ckpt.pt")
+    if last_step:
+        break
+
+    # ---- timed from here ----
+    clock = time.perf_counter()
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    total = torch.zeros((), device=device)  # stays on the device
+    micros = range(rank, gradient_accumulation_steps, world_size)
+    for micro in micros:
+        x, y = ahead or next(batches)
+        if dropout > 0:
+            torch.manual_seed(int(draw(DROPOUT, iter_num, 1, micro)[0] >> 1))
+        # gradients are summed over the processes once, in the backward pass of the last micro-batch
+        with wrapped.no_sync() if world_size > 1 and micro != micros[-1] else contextlib.nullcontext():
+            with autocast:
+                loss = wrapped(x, y)[1] / len(micros)
+            ahead = next(batches, None)  # the next one travels while the device is at work
+            scaler.scale(loss).backward()
+        total += loss.detach()
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    # the one wait for the device in an iteration: nothing that is not finite may reach the weights. Processes agree on it
+    flags = torch.tensor([not torch.isfinite(total + norm).item(), stop_signal])
+    if world_size > 1:
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+    bad, stop = flags.tolist()
+    if not bad:
+        scaler.step(optimizer)
+    settling = bad and scaler.is_enabled() and scaler.get_scale() >= 1  # float16's scale is still being found
+    scaler.update()
+    optimizer.zero_grad()
+    seconds, updates = seconds + time.perf_counter() - clock, updates + 1
+    # ---- to here ----
+
+    skipped += bad
+    skipped_in_a_row = 0 if not bad else skipped_in_a_row + (not settling)
+    if bad and master:
+        print(f"iter {iter_num}: loss or gradient is not finite, update skipped ({skipped} so far)", flush=True)
+    if iter_num % log_interval == 0:
+        if world_size > 1:
+            dist.all_reduce(total)
+            total /= world_size
+        dt, mfu = seconds / updates, model.estimate_mfu(len(micros) * batch_size, seconds / updates)
+        if master:
+            left = (time.perf_counter() - started) / (iter_num + 1 - first_iter) * (max_iters - iter_num - 1)
+            print(f"iter {iter_num}: loss {total.item():.4f}, time {dt * 1000:.2f}ms, {f'mfu {mfu:.2%}, ' if mfu else ''}"
+                  f"{tokens_per_iter / dt:,.0f} tokens/s, {int(left) // 3600}h{int(left) // 60 % 60:02}m{int(left) % 60:02}s left", flush=True)
+            record(dict(iter="iter", loss="loss", lr="lr", mfu="mfu", time_ms="time_ms"), iter=iter_num, loss=total.item(), lr=lr,
+                   grad_norm=norm.item(), tokens_per_s=tokens_per_iter / dt, time_ms=dt * 1000, mfu=mfu)
+        seconds, updates = 0.0, 0
+    iter_num += 1
+    if stop or skipped_in_a_row == 10:
+        break
+
+# ---- the end ----
+
+failed = skipped_in_a_row == 10
+if failed:
+    skipped_in_a_row = 0  # a resumed run gets as many again
+if not eval_only and saved_at != iter_num:
+    save("last.pt")
+if world_size > 1:
+    dist.all_reduce(torch.zeros(1))  # none leaves before the checkpoint is written: torchrun would end the others
+    dist.destroy_process_group()
+if failed:
+    raise ValueError(f"10 updates in a row were not finite, the last at iteration {iter_num - 1}; the weights from before are in "
+                     f"{out_dir!r}: resume with --init_from=resume and another learning_rate, dtype or data")
+if stop:
+    if master:
+        print(f"stopped by {signal.Signals(stop).name} before iteration {iter_num}; to go on, repeat the command with --init_from=resume")
+    sys.exit(128 + stop)
