@@ -292,7 +292,7 @@ class GPT(nn.Module):
         state = {}
         for name, p in weights.items():
             name = name.removeprefix("transformer.")
-            if not re.search(r"attn\.(masked_)?bias$|^lm_head", name):  # masks; the tied matrix
+            if not re.search(r"\.attn\.(masked_)?bias$|^lm_head", name):  # masks; the tied matrix
                 # note: OpenAI's layers hold their matrices as (in, out), nn.Linear as (out, in)
                 state["transformer." + name] = p.t() if re.search(r"(c_attn|c_proj|c_fc)\.weight$", name) else p
         state["lm_head.weight"] = state.get("transformer.wte.weight")

@@ -168,6 +168,14 @@ def micro_batches(start):
             yield get_batch("train", TRAIN, i, gradient_accumulation_steps * batch_size, micro)
 
 
+def agree(*flags):
+    """The highest of each flag over all processes."""
+    flags = torch.tensor(flags, dtype=torch.int32)  # on the CPU, so by gloo
+    if world_size > 1:
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return flags.tolist()
+
+
 # ---- model ----
 
 iter_num, best_val_loss, skipped, skipped_in_a_row, resumed_wandb_id = 0, 1e9, 0, 0, None
@@ -224,9 +232,7 @@ if compile:  # the first pass compiles: it is tried here, on a batch that counts
             wrapped(*get_batch("train", TRAIN, 0))[1].backward()
     except Exception as error:  # whatever a compiler may raise
         failure = f"{type(error).__name__}: {error}".strip().split("\n")[0]
-    failed = torch.tensor(bool(failure), dtype=torch.int32)
-    if world_size > 1:
-        dist.all_reduce(failed, dist.ReduceOp.MAX)
+    failed, = agree(bool(failure))
     if failed and (master or failure):
         print(f"compiling failed, going on without (--compile=False says so at once): {failure}", file=sys.stderr)
     if failed:
@@ -354,7 +360,8 @@ while True:
         best_val_loss = min(best_val_loss, losses["val"]) if improved else best_val_loss
         if iter_num > 0 and (improved or always_save_checkpoint):
             save("ckpt.pt")
-    if last_step:
+        stop, = agree(stop_signal)
+    if last_step or stop:
         break
 
     # ---- timed from here ----
@@ -377,10 +384,7 @@ while True:
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     # the one wait for the device in an iteration: nothing that is not finite may reach the weights. Processes agree on it
-    flags = torch.tensor([not torch.isfinite(total + norm).item(), stop_signal])
-    if world_size > 1:
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
-    bad, stop = flags.tolist()
+    bad, stop = agree(not torch.isfinite(total + norm), stop_signal)
     if not bad:
         scaler.step(optimizer)
     settling = bad and scaler.is_enabled() and scaler.get_scale() >= 1  # float16's scale is still being found
@@ -417,7 +421,7 @@ if failed:
 if not eval_only and saved_at != iter_num:
     save("last.pt")
 if world_size > 1:
-    dist.all_reduce(torch.zeros(1))  # none leaves before the checkpoint is written: torchrun would end the others
+    agree(0)  # none leaves before the checkpoint is written: torchrun would end the others
     dist.destroy_process_group()
 if failed:
     raise ValueError(f"10 updates in a row were not finite, the last at iteration {iter_num - 1}; the weights from before are in "

@@ -1,0 +1,95 @@
+"""What the tests share: the scripts run on a tiny data set, in this process (quick) or in others (signals, torchrun)."""
+
+import csv
+import os
+import pickle
+import runpy
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.update(WANDB_MODE="offline", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+TINY = ("--n_layer=2 --n_head=2 --n_embd=16 --block_size=8 --batch_size=3 --gradient_accumulation_steps=4 --max_iters=8 --eval_interval=3 "
+        "--eval_iters=3 --learning_rate=0.01 --lr_decay_iters=8 --warmup_iters=2 --device=cpu --dtype=float32").split()
+TIMES = {"tokens_per_s", "time_ms", "mfu"}
+VOCAB = "\n abcdefghijklmnopqrstuvwxyz"
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory):
+    """A data set of 28 characters that can be learnt: words in a random order."""
+    folder = tmp_path_factory.mktemp("data")
+    words = np.random.default_rng(0).choice("the quick brown fox jumps over a lazy dog\n".split(" "), 4000)
+    ids = np.array([VOCAB.index(c) for c in " ".join(words)], dtype=np.uint16)
+    ids[:-2000].tofile(folder / "train.bin")
+    ids[-2000:].tofile(folder / "val.bin")
+    itos = dict(enumerate(VOCAB))
+    (folder / "meta.pkl").write_bytes(pickle.dumps(dict(vocab_size=len(itos), itos=itos, stoi={c: i for i, c in itos.items()})))
+    return folder
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """run(script, *arguments) -> the script's globals at its end. What it printed is in run.out; torch is left as it was."""
+    def run(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), sys.excepthook
+        try:
+            return runpy.run_path(str(ROOT / script), run_name="__main__")
+        finally:
+            run.out = capfd.readouterr().out
+            signal.signal(signal.SIGTERM, handlers[0])
+            signal.signal(signal.SIGINT, handlers[1])
+            sys.excepthook = handlers[2]
+            torch.use_deterministic_algorithms(False)
+            torch.set_flush_denormal(False)
+    return run
+
+
+@pytest.fixture
+def train(run, dataset, tmp_path):
+    """train('name', *arguments) -> globals of a tiny run whose out_dir is tmp_path / name."""
+    def train(name, *arguments):
+        return run("train.py", *TINY, f"--dataset={dataset}", f"--out_dir={tmp_path / name}", *arguments)
+    return train
+
+
+def spawn(script, *arguments, processes=None, env=(), **options):
+    """Starts a script in a process of its own, or under torchrun in several; returns the Popen object, output captured."""
+    command = [sys.executable] + (["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else [])
+    env = dict(os.environ, OMP_NUM_THREADS="1", **dict(env))
+    return subprocess.Popen(command + [str(ROOT / script), *map(str, arguments)], env=env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+def read_log(out_dir):
+    """log.csv as a list of rows, without the columns that measure time."""
+    with open(Path(out_dir) / "log.csv", newline="") as file:
+        return [{key: value for key, value in row.items() if key not in TIMES} for row in csv.DictReader(file)]
+
+
+def newest(out_dir):
+    """The checkpoint that a resume would take."""
+    from model import load_checkpoint
+    return max((load_checkpoint(str(path)) for path in Path(out_dir).glob("*t.pt")), key=lambda checkpoint: checkpoint["iter_num"])
+
+
+def assert_same_state(a, b):
+    """Two checkpoints hold bitwise the same model, optimizer, scaler and counters."""
+    for key in ("iter_num", "best_val_loss", "scaler", "skipped"):
+        assert a[key] == b[key], key
+    assert a["model"].keys() == b["model"].keys()
+    for name in a["model"]:
+        assert torch.equal(a["model"][name], b["model"][name]), name
+    assert a["optimizer"]["state"].keys() == b["optimizer"]["state"].keys()
+    for i, state in a["optimizer"]["state"].items():
+        for key in state:
+            assert torch.equal(torch.as_tensor(state[key]), torch.as_tensor(b["optimizer"]["state"][i][key])), (i, key)
