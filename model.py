@@ -80,7 +80,12 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)  # (B, nh, length, hs)
         # with a cache either everything is read at once, or one position that may look at all before it: no mask
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=T > 1)
+        options = dict(dropout_p=self.dropout if self.training else 0.0, is_causal=T > 1)
+        if x.device.type == "cpu":  # its float32 kernel is 1.2 to 3.5 times as fast as the bfloat16 one
+            with torch.autocast("cpu", enabled=False):
+                y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options).to(q.dtype)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, **options)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 
