@@ -238,16 +238,17 @@ class GPT(nn.Module):
     @classmethod
     def from_state(cls, config, state, source):
         """A model of shape `config` with the weights `state` (a state dict), all of which are checked; `source` names them."""
-        if config.n_layer > len(state):  # before a made-up depth builds a million blocks
+        found = {name: "x".join(map(str, p.shape)) if torch.is_tensor(p) else repr(p) for name, p in state.items()}
+        C = config.n_embd
+        expected = {"transformer.wte.weight": f"{config.vocab_size}x{C}", "transformer.wpe.weight": f"{config.block_size}x{C}"}
+        if config.n_layer > len(state):
             raise ValueError(f"{source} holds {len(state)} tensors, too few for n_layer={config.n_layer}")
-        with torch.device("meta"):  # no memory, no initialization: the weights come from the state
-            model = cls(config)
-        expected = {name: p.shape for name, p in model.state_dict().items()}
-        found = {name: getattr(p, "shape", None) for name, p in state.items()}
-        for name in sorted(expected.keys() | found.keys()):
-            if expected.get(name) != found.get(name):
-                raise ValueError(f"{source} does not fit the model: {name} is {describe_shape(found.get(name))}, "
-                                 f"expected {describe_shape(expected.get(name))}")
+        if all(found.get(name) == shape for name, shape in expected.items()):  # a made-up shape is not built, not even on paper
+            with torch.device("meta"):  # no memory, no initialization: the weights come from the state
+                model = cls(config)
+            expected = {name: "x".join(map(str, p.shape)) for name, p in model.state_dict().items()}
+        for name in [name for name in expected | found if expected.get(name) != found.get(name)]:
+            raise ValueError(f"{source} does not fit the model: {name} is {found.get(name, 'missing')}, not {expected.get(name, 'there')}")
         model.to_empty(device="cpu")
         model.lm_head.weight = model.transformer.wte.weight  # to_empty unties them
         model.load_state_dict(state)
@@ -348,10 +349,6 @@ def pick(logits, temperature, top_k, top_p):
     return (logits - noise.log()).argmax(-1, keepdim=True)
 
 
-def describe_shape(shape):
-    return "missing" if shape is None else "x".join(map(str, shape))
-
-
 # -----------------------------------------------------------------------------
 # around the model: the device, and checkpoints on disk
 
@@ -439,18 +436,23 @@ def load_checkpoint(path):
         checkpoint["optimizer"]["state"], checkpoint["model"].items(), checkpoint["config"].items()
         if type(checkpoint["iter_num"]) is not int or checkpoint["iter_num"] < 0:
             raise RuntimeError(f"iter_num is {checkpoint['iter_num']!r}")
+        checkpoint["scaler"] = dict(checkpoint.get("scaler", {}))  # this and the next nanoGPT's do not have
+        checkpoint["skipped"] = tuple(map(int, checkpoint.get("skipped", (0, 0))))
     except Exception as error:  # a damaged or hostile file can raise anything
-        refused = re.search(r"Unsupported \w+:? [^.]*\.[\w.]*", str(error))
+        refused = re.search(r"Unsupported .*|GLOBAL \S+", str(error))  # what it tried to call
         reason = refused[0] if refused else str(error).split("\n")[0]
-        raise ValueError(f"cannot use the checkpoint {path!r}: {type(error).__name__}: {reason}") from None
+        raise ValueError(f"cannot use the checkpoint {path!r}: {type(error).__name__}: {reason[:200]}") from None
     return checkpoint
 
 
 def load_optimizer(optimizer, saved):
     """Loads the state (moments, steps) that a checkpoint saved; the options, such as betas and decay, stay as they are."""
     current = optimizer.state_dict()
-    shapes = [p.shape for group in optimizer.param_groups for p in group["params"]]
-    for i, state in saved["state"].items():
-        if not (isinstance(i, int) and i < len(shapes) and state["exp_avg"].shape == state["exp_avg_sq"].shape == shapes[i]):
-            raise ValueError(f"the checkpoint's optimizer does not fit the model: its tensor {i!r} has another shape")
+    shapes = dict(enumerate(p.shape for group in optimizer.param_groups for p in group["params"]))
+    try:
+        fits = all(state["exp_avg"].shape == state["exp_avg_sq"].shape == shapes[i] for i, state in saved["state"].items())
+    except (KeyError, TypeError, AttributeError):
+        fits = False
+    if not fits:
+        raise ValueError("the checkpoint's optimizer does not fit its model: start anew from its weights, or take another")
     optimizer.load_state_dict(dict(current, state=saved["state"]))

@@ -76,7 +76,7 @@ LEAST = dict(eval_interval=1, log_interval=1, eval_iters=1, gradient_accumulatio
              n_layer=1, n_head=1, n_embd=1, learning_rate=0, max_iters=0, weight_decay=0, grad_clip=0, warmup_iters=0,
              lr_decay_iters=0, min_lr=0, dropout=0, beta1=0, beta2=0, seed=0)
 for key, least in LEAST.items():
-    limit = 1 if key in ("dropout", "beta1", "beta2") else 2 ** 62
+    limit = {"dropout": 1, "beta1": 1, "beta2": 1, "n_layer": 10 ** 4, "seed": 2 ** 62}.get(key, 2 ** 31)
     if not least <= config[key] < limit:
         raise ValueError(f"{key}={config[key]} is out of range: it must be at least {least} and below {limit}")
 COLUMNS = "iter train_loss val_loss loss lr grad_norm tokens_per_s time_ms mfu".split()
@@ -127,8 +127,13 @@ if backend == "auto":
     backend = "nccl" if device_type == "cuda" else "gloo"
 if backend not in ("gloo", "nccl") or (backend == "nccl" and device_type != "cuda" and world_size > 1):
     raise ValueError(f"backend={backend!r} does not fit device={device!r}: choose 'gloo' for CPUs, 'nccl' for GPUs")
-if world_size > 1:  # CPU tensors, which carry the flags of each iteration, always go by gloo
-    dist.init_process_group(f"cpu:gloo,cuda:{backend}" if device_type == "cuda" else "gloo")
+if world_size > 1:
+    store, _, _ = next(dist.rendezvous("env://"))
+    # note: torchrun's own store outlives a restart of the workers, who would find the addresses of the dead in it
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT") if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 0
+    # CPU tensors, which carry the flags of each iteration, always go by gloo
+    dist.init_process_group(f"cpu:gloo,cuda:{backend}" if device_type == "cuda" else "gloo", rank=rank, world_size=world_size,
+                            store=dist.PrefixStore(f"attempt{attempt}", store))
 
 # ---- data ----
 
@@ -183,7 +188,7 @@ torch.manual_seed(seed)
 if checkpoint:
     model = GPT.from_checkpoint(checkpoint, dropout)
     iter_num, best_val_loss = checkpoint["iter_num"], checkpoint["best_val_loss"]
-    (skipped, skipped_in_a_row), resumed_wandb_id = checkpoint.get("skipped", (0, 0)), checkpoint.get("wandb_id")
+    (skipped, skipped_in_a_row), resumed_wandb_id = checkpoint["skipped"], checkpoint.get("wandb_id")
 elif init_from in ("scratch", "auto"):
     vocab_size = meta["vocab_size"] if meta else 50304
     model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias))
@@ -203,7 +208,7 @@ optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
 if checkpoint:
     load_optimizer(optimizer, checkpoint["optimizer"])
-    scaler.load_state_dict(checkpoint.get("scaler") or scaler.state_dict())
+    scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())
     for key, old in checkpoint["config"].items():
         if master and key in config and config[key] != old and key not in ("init_from", "device", "compile", "backend"):
             print(f"note: {key} was {old!r}, and is {config[key]!r} from here on")

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import socket
 import pickle
 import runpy
 import signal
@@ -15,7 +16,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ.update(WANDB_MODE="offline", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+torch.set_num_threads(1)  # so that runs in this process, forked and spawned ones are alike; and a process with threads can't be forked
+os.environ.update(OMP_NUM_THREADS="1", WANDB_MODE="offline", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 TINY = ("--n_layer=2 --n_head=2 --n_embd=16 --block_size=8 --batch_size=3 --gradient_accumulation_steps=4 --max_iters=8 --eval_interval=3 "
         "--eval_iters=3 --learning_rate=0.01 --lr_decay_iters=8 --warmup_iters=2 --device=cpu --dtype=float32").split()
@@ -23,16 +25,20 @@ TIMES = {"tokens_per_s", "time_ms", "mfu"}
 VOCAB = "\n abcdefghijklmnopqrstuvwxyz"
 
 
-@pytest.fixture(scope="session")
-def dataset(tmp_path_factory):
+def make_dataset(folder):
     """A data set of 28 characters that can be learnt: words in a random order."""
-    folder = tmp_path_factory.mktemp("data")
     words = np.random.default_rng(0).choice("the quick brown fox jumps over a lazy dog\n".split(" "), 4000)
     ids = np.array([VOCAB.index(c) for c in " ".join(words)], dtype=np.uint16)
     ids[:-2000].tofile(folder / "train.bin")
     ids[-2000:].tofile(folder / "val.bin")
     itos = dict(enumerate(VOCAB))
     (folder / "meta.pkl").write_bytes(pickle.dumps(dict(vocab_size=len(itos), itos=itos, stoi={c: i for i, c in itos.items()})))
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    make_dataset(folder)
     return folder
 
 
@@ -54,6 +60,35 @@ def run(monkeypatch, capfd):
     return run
 
 
+def fork(*arguments, **env):
+    """Trains in a fork of this process, where torch is loaded already; returns its id. It inherits no handlers but Python's."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.environ.update(env)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            sys.argv = ["train.py", *map(str, arguments)]
+            runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+            os._exit(0)
+        except SystemExit as stop:
+            os._exit(stop.code)
+        except BaseException as error:
+            os.write(2, f"the run failed: {error!r}\n".encode())
+        finally:
+            os._exit(1)
+    return pid
+
+
+def world(processes, *arguments):
+    """Trains in `processes` forks that work together, as torchrun would start them, and waits for them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pids = [fork(*TINY, *arguments, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            for rank in range(processes)]
+    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids] == [0] * processes
+
+
 @pytest.fixture
 def train(run, dataset, tmp_path):
     """train('name', *arguments) -> globals of a tiny run whose out_dir is tmp_path / name."""
@@ -62,12 +97,18 @@ def train(run, dataset, tmp_path):
     return train
 
 
-def spawn(script, *arguments, processes=None, env=(), **options):
+def spawn(script, *arguments, processes=None, **options):
     """Starts a script in a process of its own, or under torchrun in several; returns the Popen object, output captured."""
     command = [sys.executable] + (["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else [])
-    env = dict(os.environ, OMP_NUM_THREADS="1", **dict(env))
-    return subprocess.Popen(command + [str(ROOT / script), *map(str, arguments)], env=env, text=True,
+    return subprocess.Popen(command + [str(ROOT / script), *map(str, arguments)], text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+def finish(process, code=0):
+    """Waits for a process of `spawn`; returns what it printed, and its errors."""
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == code, out + err
+    return out, err
 
 
 def read_log(out_dir):

@@ -1,12 +1,13 @@
 import math
 import os
 import re
+import shutil
 import signal
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, assert_same_state, newest, read_log, spawn
+from conftest import ROOT, TINY, assert_same_state, finish, newest, read_log, spawn, world
 
 from model import GPT, load_checkpoint, save_checkpoint
 
@@ -206,27 +207,33 @@ def test_lower_precision_trains_alike_and_resumes_bitwise(train, tmp_path, monke
     assert read_log(tmp_path / "a") == read_log(tmp_path / "b")
 
 
-def finish(process, code=0):
-    out, err = process.communicate(timeout=240)
-    assert process.returncode == code, out + err
-    return out, err
-
-
-def test_two_processes_do_what_one_does(train, dataset, tmp_path, run):
-    two = spawn("train.py", *TINY, f"--dataset={dataset}", f"--out_dir={tmp_path / 'two'}", *DROPOUT, processes=2)
-    train("one", *DROPOUT)
-    out, _ = finish(two)
-    assert out.count("step 0:") == 1  # one process prints
-    a, b = read_log(tmp_path / "one"), read_log(tmp_path / "two")
+def assert_agree(a, b):
+    """Two logs agree to rounding."""
     assert len(a) == len(b)
     for ours, theirs in zip(a, b):
         assert ours["iter"] == theirs["iter"]
         for key in ("train_loss", "val_loss", "loss", "grad_norm"):
             assert (ours[key] == theirs[key] == "") or float(ours[key]) == pytest.approx(float(theirs[key]), rel=1e-5)
-    # each may take over from the other
-    train("two", *DROPOUT, "--max_iters=10", "--init_from=resume")
-    train("one", *DROPOUT, "--max_iters=10", "--init_from=resume")
-    assert float(read_log(tmp_path / "one")[-1]["val_loss"]) == pytest.approx(float(read_log(tmp_path / "two")[-1]["val_loss"]), rel=1e-5)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_several_processes_do_what_one_does_and_take_over(train, dataset, tmp_path, processes):
+    train("one", *DROPOUT)
+    several = [f"--dataset={dataset}", f"--out_dir={tmp_path / 'several'}", *DROPOUT]
+    world(processes, *several)
+    assert_agree(read_log(tmp_path / "one"), read_log(tmp_path / "several"))
+    train("several", *DROPOUT, "--max_iters=10", "--init_from=resume")
+    world(processes, *several, f"--out_dir={tmp_path / 'one'}", "--max_iters=10", "--init_from=resume")
+    assert_agree(read_log(tmp_path / "one"), read_log(tmp_path / "several"))
+
+
+def test_the_same_weights_evaluate_bitwise_alike_on_any_number_of_processes(train, dataset, tmp_path):
+    train("a", "--max_iters=3")
+    for processes in (1, 2, 4):
+        shutil.copytree(tmp_path / "a", tmp_path / str(processes))
+        world(processes, f"--dataset={dataset}", f"--out_dir={tmp_path / str(processes)}", "--max_iters=3", "--eval_iters=7", "--init_from=resume")
+    logs = [read_log(tmp_path / str(processes))[-1] for processes in (1, 2, 4)]
+    assert logs[0] == logs[1] == logs[2] and logs[0]["val_loss"]
 
 
 BAD = {  # arguments -> what the error names
