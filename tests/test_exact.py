@@ -72,8 +72,8 @@ def test_a_second_ctrl_c_stops_at_once(dataset, tmp_path):
 
 
 def test_killed_at_any_instant(dataset, tmp_path):
-    killed, saving, runs = kill.hunt(dataset, tmp_path, kills=8)
-    assert killed >= 8 and saving >= 2
+    killed, saving, runs = kill.hunt(dataset, tmp_path, kills=5)
+    assert killed >= 5 and saving >= 1
 
 
 def children(pid):
@@ -95,9 +95,9 @@ def test_torchrun_replaces_a_killed_worker(dataset, undisturbed, tmp_path):
 
 def test_four_processes_resume_bitwise(dataset, tmp_path):
     """Four add up gradients in an order that DDP changes after its first step, unless `deterministic` is on."""
-    options = [f"--dataset={dataset}", "--dropout=0.1", "--deterministic=True"]
+    options = [f"--dataset={dataset}", "--dropout=0.1", "--deterministic=True", "--max_iters=6", "--eval_interval=6"]
     world(4, *options, f"--out_dir={tmp_path / 'a'}")
-    world(4, *options, f"--out_dir={tmp_path / 'b'}", "--max_iters=5")
+    world(4, *options, f"--out_dir={tmp_path / 'b'}", "--max_iters=3")
     world(4, *options, f"--out_dir={tmp_path / 'b'}", "--init_from=resume")
     assert_same_state(newest(tmp_path / "a"), newest(tmp_path / "b"))
 
@@ -167,10 +167,10 @@ def test_finding_float16s_scale_is_no_failure(train, run, tmp_path, monkeypatch)
     assert next(iter(checkpoint["optimizer"]["state"].values()))["step"] == 60 - checkpoint["skipped"][0]
 
 
-def test_a_full_disk_leaves_the_old_checkpoint(dataset, tmp_path):
+def test_a_full_disk_leaves_the_old_checkpoint(train, dataset, tmp_path):
     """The second save goes over the quota: `fsize` stands for the disk."""
     options = [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path / 'a'}"]
-    finish(spawn("train.py", *options, "--max_iters=3"))
+    train("a", "--max_iters=3")
     before = (tmp_path / "a/ckpt.pt").read_bytes()
     full = spawn("train.py", *options, "--init_from=resume",
                  preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2,) * 2))
