@@ -149,7 +149,7 @@ def main():
         with contextlib.suppress(ImportError):
             import transformers
             theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-                vocab_size, block_size, n_embd, n_layer, n_head, bos_token_id=None, eos_token_id=None)).eval().to(device)
+                vocab_size=vocab_size, n_positions=block_size, n_embd=n_embd, n_layer=n_layer, n_head=n_head, bos_token_id=None, eos_token_id=None)).eval().to(device)
             variants["transformers"] = lambda: theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, do_sample=True,
                                                                temperature=0.8, top_k=200)
     if tokens:
