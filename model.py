@@ -17,6 +17,8 @@ import re
 import zipfile
 from dataclasses import asdict, dataclass
 
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for large tensors on Linux CPUs: 1.2 times as fast at 124M
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -85,16 +87,17 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, cache=None):
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, nh, T, hs) each
+        qkv = self.c_attn(x)  # (B, T, 3 C)
+        dtype = qkv.dtype
         if x.device.type == "cpu":  # whose float32 attention is 1.2 to 3.5 times as fast as its bfloat16 one
-            q, k, v = q.float(), k.float(), v.float()
+            qkv = qkv.float()
+        q, k, v = qkv.view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4).unbind(0)  # (B, nh, T, hs) each
         if cache is not None:
             k, v = cache.append(k, v)  # (B, nh, length, hs)
         # with a cache either everything is read at once, or one position that may look at all before it: no mask
         with torch.autocast("cpu", enabled=False):  # which would cast them back
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=T > 1)
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C).to(qkv.dtype)))
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C).to(dtype)))
 
 
 class MLP(nn.Module):

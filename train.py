@@ -387,10 +387,12 @@ while True:
             scaler.scale(loss).backward()
         total += loss.detach()
     scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
     # the one wait for the device in an iteration: nothing that is not finite may reach the weights. Processes agree on it
     bad, stop = agree(not torch.isfinite(total + norm), stop_signal)
     if not bad:
+        if 0 < grad_clip < norm:
+            torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, norm)
         scaler.step(optimizer)
     settling = bad and scaler.is_enabled() and scaler.get_scale() >= 1  # float16's scale is still being found
     scaler.update()
