@@ -45,6 +45,8 @@ compile = 'auto'
 
 config = configure(globals())
 
+if min(steps, batch_size, num_samples) < 1 or min(tokens, tokenize_mb) < 0:
+    raise ValueError(f"{steps=}, {batch_size=} and {num_samples=} must be at least 1, {tokens=} and {tokenize_mb=} at least 0")
 device, dtype, compile = setup_device(device, dtype, compile)
 device_type = device.split(":")[0]
 on_cuda = device_type == "cuda"

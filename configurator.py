@@ -18,6 +18,7 @@ import tokenize
 import traceback
 
 PLAIN = (bool, int, float, str)
+CONFIG_FILES = []  # that have been run
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
@@ -55,6 +56,7 @@ def run_file(path, config):
             source = file.read()
     except OSError as error:
         raise ValueError(f"cannot read the config file {path!r}: {error.strerror}") from None
+    CONFIG_FILES.append(path)
     after = dict(config, __name__="__config__", __file__=path)
     exec(compile(source, path, "exec"), after)
     return {key: value for key, value in after.items() if not key.startswith("_")
@@ -73,11 +75,13 @@ def convert(key, value, default, literal):
             result = ast.literal_eval(value)
         elif literal and kind is not bool or kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
             result = kind(value)
-    except (ValueError, SyntaxError, OverflowError, MemoryError, RecursionError):
+    except (ValueError, TypeError, SyntaxError, OverflowError, MemoryError, RecursionError):
         pass  # left as it is: a name, or of the wrong type
     if literal and (kind is bool or default == "auto"):
         result = {"true": True, "True": True, "false": False, "False": False}.get(value, result)
     good = type(result) in PLAIN if default == "auto" else type(result) is kind
+    if type(result) is str and ("\0" in result or result != result.encode(errors="replace").decode()):
+        good = False  # no file system, terminal or checkpoint takes such text
     if not good or kind is float and not math.isfinite(result):
         raise ValueError(f"the setting {key!r} takes {kind.__name__} (its default is {default!r}), got {value!r}")
     return result
@@ -108,13 +112,15 @@ def report(kind, error, trace):
     frames = traceback.extract_tb(trace)
     folder = os.path.dirname(os.path.abspath(frames[-1].filename)) if frames else ""
     ours = folder == HERE or os.path.join(HERE, "data") in (folder, os.path.dirname(folder))
-    text = str(error).strip().split("\n")[0]
-    if kind is KeyboardInterrupt:
+    text = " ".join(str(error).split())
+    if any(frame.filename in CONFIG_FILES for frame in frames):
+        sys.__excepthook__(kind, error, trace)
+    elif kind is KeyboardInterrupt:
         print("stopped", file=sys.stderr)
-    elif kind is ValueError and ours:
-        print(f"error: {error}", file=sys.stderr)
+    elif kind is ValueError and ours or isinstance(error, OSError):  # the system's own words name the file
+        print(f"error: {text}", file=sys.stderr)
     elif kind.__name__ in ("MemoryError", "OutOfMemoryError") or "can't allocate memory" in text:
-        print(f"error: out of memory: use a smaller batch_size, or a smaller model ({text})", file=sys.stderr)
+        print(f"error: out of memory: take less at once (batch_size, num_samples) or a smaller model ({text})", file=sys.stderr)
     elif os.environ.get("WORLD_SIZE", "1") != "1" and re.search("gloo|NCCL|Connection|Broken pipe", f"{kind} {text}"):
         print(f"error: process {os.environ.get('RANK')} lost another one, whose own error tells why ({text})", file=sys.stderr)
     else:

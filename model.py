@@ -32,18 +32,20 @@ PEAK_FLOPS = {"B200": 2250e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 
 @dataclass
 class GPTConfig:
     block_size: int = 1024  # longest context, in tokens
-    vocab_size: int = 50304  # GPT-2's 50257, padded to a multiple of 64: matrix units like that better
+    vocab_size: int = 50304  # 64 x 786, which suits matrix units; GPT-2 has 50257 tokens
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
-    bias: bool = True  # in linear layers and layer norms, as GPT-2 has it; without, a little faster and no worse
+    bias: bool = True  # of linear layers and norms; OpenAI's weights have it
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        if type(self.bias) is not bool:
+            raise ValueError(f"bias must be True or False, got {self.bias!r}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} cannot be divided among n_head={self.n_head} heads: choose a multiple")
         if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
@@ -135,15 +137,14 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict(dict(
-            wte=Embedding(config.vocab_size, config.n_embd),
-            wpe=Embedding(config.block_size, config.n_embd),
-            drop=nn.Dropout(config.dropout),
-            h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-            ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
-        ))
+        gpt = self.transformer = nn.ModuleDict()  # this and the names below are those of GPT-2's published weights
+        gpt.wte = Embedding(config.vocab_size, config.n_embd)
+        gpt.wpe = Embedding(config.block_size, config.n_embd)
+        gpt.drop = nn.Dropout(config.dropout)
+        gpt.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
+        gpt.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = self.transformer.wte.weight
+        self.lm_head.weight = gpt.wte.weight
         for name, p in self.named_parameters():
             if p.is_meta:
                 continue  # it will be loaded
@@ -190,7 +191,7 @@ class GPT(nn.Module):
         """
         device = self.lm_head.weight.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-        peak = next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+        peak = next((peak for key, peak in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name)), None)
         return peak and self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / peak
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
@@ -299,21 +300,21 @@ class GPT(nn.Module):
             raise ValueError(f"cannot read a GPT-2 from {folder!r}: {type(error).__name__}: {error}") from None
         if not files or not isinstance(given, dict):
             raise ValueError(f"{folder!r} holds no GPT-2: it needs a config.json and a model.safetensors")
+        config = GPTConfig(given.get("n_positions", 1024), given.get("vocab_size", GPT2_VOCAB), given.get("n_layer", 12),
+                           given.get("n_head", 12), given.get("n_embd", 768), (override_args or {}).get("dropout", 0.0), bias=True)
         built = {"model_type": "gpt2", "layer_norm_epsilon": 1e-5, "n_inner": None, "scale_attn_weights": True,
                  "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False, "tie_word_embeddings": True}
         for key, value in built.items():
-            if given.get(key, value) not in (value, 4 * given.get("n_embd", 0) if key == "n_inner" else value):
+            if given.get(key, value) not in (value, 4 * config.n_embd if key == "n_inner" else value):
                 raise ValueError(f"{folder!r} is not built as OpenAI's GPT-2: {key} is {given[key]!r}, not {value!r}")
         if given.get("activation_function", "gelu_new") not in ("gelu_new", "gelu_pytorch_tanh"):
             raise ValueError(f"{folder!r} is not built as OpenAI's GPT-2: its activation is {given['activation_function']!r}")
-        config = GPTConfig(given.get("n_positions", 1024), given.get("vocab_size", GPT2_VOCAB), given.get("n_layer", 12),
-                           given.get("n_head", 12), given.get("n_embd", 768), (override_args or {}).get("dropout", 0.0), bias=True)
         state = {}
         for name, p in weights.items():
             name = name.removeprefix("transformer.")
             if not re.search(r"\.attn\.(masked_)?bias$|^lm_head", name):  # masks; the tied matrix
                 # note: OpenAI's layers hold their matrices as (in, out), nn.Linear as (out, in)
-                state["transformer." + name] = p.t() if re.search(r"(c_attn|c_proj|c_fc)\.weight$", name) else p
+                state["transformer." + name] = p.transpose(0, -1).contiguous() if re.search(r"(c_attn|c_proj|c_fc)\.weight$", name) else p
         state["lm_head.weight"] = state.get("transformer.wte.weight")
         return cls.from_state(config, state, repr(folder))
 
@@ -345,7 +346,7 @@ class GPT(nn.Module):
 
 
 def pick(logits, temperature, top_k, top_p):
-    """One id a row, (B, 1), drawn from float logits (B, V) in place. With temperature 0 the likeliest."""
+    """One id a row, (B, 1), drawn from float logits (B, V), or with temperature 0 the likeliest."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # at most 0: a tiny temperature can't overflow upwards
@@ -387,10 +388,9 @@ def setup_device(device, dtype, compile, deterministic=False):
         device = f"cuda:{local_rank}" if local_rank else device
         if int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
             raise ValueError(f"device={device!r}, but this machine has {torch.cuda.device_count()} GPUs: start fewer processes")
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32 where float32 matrices are left
-    if kind == "mps" and not torch.backends.mps.is_available():
-        raise ValueError(f"device={device!r}, but torch finds no Apple GPU here: use --device=cpu")
+        torch.cuda.set_device(int(device.partition(":")[2] or 0))
+    if kind == "mps" and (not torch.backends.mps.is_available() or local_rank is not None):
+        raise ValueError(f"device={device!r} takes an Apple GPU, and one process: use --device=cpu")
 
     if dtype == "auto":
         # is the format native? is_bf16_supported says yes to emulation too unless told not to
@@ -420,7 +420,7 @@ def save_checkpoint(checkpoint, path):
     Writes a checkpoint (a dict of tensors and plain values) to `path`, whole or not at all: beside its place, flushed to
     the disk, renamed. Raises ValueError when the disk is full or the folder can't be written; what was there stays.
     """
-    scrap = os.path.join(os.path.dirname(path), "checkpoint.tmp")
+    scrap = os.path.join(os.path.dirname(path), "checkpoint.tmp")  # one name: a crash leaves one at most, for the next save to replace
     try:
         with open(scrap, "wb") as file:
             torch.save(checkpoint, file)
@@ -430,7 +430,7 @@ def save_checkpoint(checkpoint, path):
     except (OSError, RuntimeError) as error:
         if os.path.exists(scrap):
             os.remove(scrap)
-        raise ValueError(f"cannot save {path!r}, whatever it held before is intact: make room, then resume ({error})") from None
+        raise ValueError(f"cannot save {path!r}, what it held before is intact: {error} (if the disk is full, make room and resume)") from None
 
 
 def load_checkpoint(path):
@@ -446,11 +446,18 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         checkpoint["model_args"] = {name: checkpoint["model_args"][name] for name in MODEL_ARGS}
         checkpoint["best_val_loss"] = float(checkpoint["best_val_loss"])
-        checkpoint["optimizer"]["state"], checkpoint["model"].items(), checkpoint["config"].items()
-        if type(checkpoint["iter_num"]) is not int or checkpoint["iter_num"] < 0:
-            raise RuntimeError(f"iter_num is {checkpoint['iter_num']!r}")
-        checkpoint["scaler"] = dict(checkpoint.get("scaler", {}))  # this and the next nanoGPT's do not have
-        checkpoint["skipped"] = tuple(map(int, checkpoint.get("skipped", (0, 0))))
+        checkpoint["config"] = {key: value for key, value in checkpoint["config"].items() if type(value) in (bool, int, float, str)}
+        scaler = checkpoint["scaler"] = dict(checkpoint.get("scaler", {}))  # this and what follows nanoGPT's do not have
+        total, in_a_row = checkpoint["skipped"] = tuple(map(int, checkpoint.get("skipped", (0, 0))))
+        checks = dict(
+            iter_num=type(checkpoint["iter_num"]) is int and 0 <= checkpoint["iter_num"] < 2 ** 31,
+            best_val_loss=not math.isnan(checkpoint["best_val_loss"]), skipped=min(total, in_a_row) >= 0,
+            model=all(type(name) is str and p.layout is torch.strided and p.is_floating_point() for name, p in checkpoint["model"].items()),
+            scaler=not scaler or scaler.keys() == torch.amp.GradScaler("cpu").state_dict().keys()
+            and all(type(value) in (int, float) and 0 <= value < math.inf for value in scaler.values()),
+            wandb_id=type(checkpoint.get("wandb_id", "")) in (str, type(None)), optimizer=type(checkpoint["optimizer"]["state"]) is dict)
+        if not all(checks.values()):
+            raise RuntimeError(f"its {min(checks, key=checks.get)} is not what a checkpoint holds")
     except Exception as error:  # a damaged or hostile file can raise anything
         refused = re.search(r"Unsupported .*|GLOBAL \S+", str(error))  # what it tried to call
         reason = refused[0] if refused else str(error).split("\n")[0]
@@ -463,8 +470,9 @@ def load_optimizer(optimizer, saved):
     current = optimizer.state_dict()
     shapes = dict(enumerate(p.shape for group in optimizer.param_groups for p in group["params"]))
     try:
-        fits = all(state["exp_avg"].shape == state["exp_avg_sq"].shape == shapes[i] for i, state in saved["state"].items())
-    except (KeyError, TypeError, AttributeError):
+        fits = all(state["exp_avg"].shape == state["exp_avg_sq"].shape == shapes[i] and float(state["step"]) >= 0
+                   for i, state in saved["state"].items()) and len(saved["state"]) in (0, len(shapes))
+    except Exception:  # made by hand, or for another optimizer
         fits = False
     if not fits:
         raise ValueError("the checkpoint's optimizer does not fit its model: start anew from its weights, or take another")

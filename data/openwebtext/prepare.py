@@ -32,7 +32,7 @@ configure(globals())
 def tokenize(batch, rank, folder):
     """Appends the ids of a batch of documents, each ended by end-of-text, to the file of process `rank`."""
     bpe = gpt2_bpe()
-    ids = [np.array(bpe.encode_ordinary(text) + [bpe.eot_token], dtype="<u2") for text in batch["text"]]
+    ids = [np.array(bpe.encode_ordinary(text or "") + [bpe.eot_token], dtype="<u2") for text in batch["text"]]
     with open(os.path.join(folder, f"{rank or 0:05}"), "ab") as file:
         file.write(np.concatenate(ids).tobytes())
 
@@ -50,15 +50,15 @@ if __name__ == "__main__":  # where processes are spawned, not forked, each impo
         try:
             whole_files = dict(sample_by="document") if kind == "text" else {}
             documents = datasets.load_dataset(kind, data_files=files, split="train", **whole_files)
-        except (OSError, datasets.exceptions.DatasetsError) as error:
-            raise ValueError(f"cannot read files={files!r}: {str(error).splitlines()[0]}") from None
+        except Exception as error:  # a damaged file can raise anything
+            raise ValueError(f"cannot read files={files!r}: {type(error).__name__}: {error}") from None
     else:
         try:
             documents = datasets.load_dataset("Skylion007/openwebtext", revision=revision, split="train", num_proc=num_proc)
         except (OSError, datasets.exceptions.DatasetsError) as error:
             raise ValueError(f"cannot fetch OpenWebText: {str(error).splitlines()[0]}; go online, or give --files") from None
-    if "text" not in documents.column_names or len(documents) < 2:
-        raise ValueError(f"{len(documents)} documents with {documents.column_names}: it takes two or more, with a 'text' field")
+    if getattr(documents.features.get("text"), "dtype", "") not in ("string", "large_string") or len(documents) < 2:
+        raise ValueError(f"{len(documents)} documents with {documents.features}: it takes two or more, with text in a 'text' field")
 
     gpt2_bpe()  # fetched once, before the processes ask for it
     splits = documents.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
