@@ -169,7 +169,7 @@ def test_ten_in_a_row_stop_the_run(train, run, tmp_path, monkeypatch, where):
 def test_finding_float16s_scale_is_no_failure(train, run, tmp_path, monkeypatch):
     """From a scale so high that far more than ten updates overflow until it fits."""
     scaler = torch.amp.GradScaler
-    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, init_scale=2.0 ** 60, enabled=enabled))
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled=True: scaler(device, init_scale=2.0 ** 60, enabled=enabled))
     train("a", "--dtype=float16", "--max_iters=60", "--eval_interval=100")
     checkpoint = newest(tmp_path / "a")
     assert checkpoint["iter_num"] == 60 and 20 < checkpoint["skipped"][0] < 60 and checkpoint["skipped"][1] == 0
