@@ -356,7 +356,6 @@ def pick(logits, temperature, top_k, top_p):
         values, order = logits.sort(descending=True)
         p = values.softmax(-1)
         beyond = p.cumsum(-1) - p >= top_p  # what comes before an id already holds top_p; never true of the first
-        beyond[:, 0] = False
         logits[beyond.scatter(1, order, beyond)] = -math.inf
     # the Gumbel-max trick: like torch.multinomial, which would wait for the device to check its input
     noise = torch.empty_like(logits).exponential_().clamp_min_(1e-10)

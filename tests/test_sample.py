@@ -59,7 +59,9 @@ def test_mistakes_are_named(run, trained, argument, named):
 
 
 def test_off_values(run, trained):
-    sample(run, trained, "--start=a", "--top_k=0", "--top_p=1.0")
+    greedy = sample(run, trained, "--start=a", "--temperature=0")
+    assert greedy == sample(run, trained, "--start=a", "--top_k=1") == sample(run, trained, "--start=a", "--top_p=0.000001")
+    assert greedy != sample(run, trained, "--start=a", "--top_k=0", "--top_p=1.0")
 
 
 def test_a_folder_from_transformers_with_gpt2s_tokenizer(run, tmp_path):
