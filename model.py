@@ -73,10 +73,28 @@ class Linear(nn.Linear):
     def reset_parameters(self):
         """Nothing: GPT draws all weights itself, or loads them. (On 'meta', torch takes a second to draw none.)"""
 
+    def forward(self, x):
+        # a single row in sampling: on CPUs torch multiplies bfloat16 matrices by a vector faster than by a matrix of one row
+        if x.dtype == self.weight.dtype == torch.bfloat16 and x.device.type == "cpu" and x.numel() == x.size(-1):
+            y = torch.mv(self.weight, x.flatten()).view(*x.shape[:-1], -1)
+            return y if self.bias is None else y + self.bias
+        return super().forward(x)
+
 
 class Embedding(nn.Embedding):
     def reset_parameters(self):
         """Nothing, likewise."""
+
+
+def attend(q, k, v, dropout):
+    """
+    Causal attention of q, k, v (B, nh, T, hs) by whole matrices: for CPUs in bfloat16, whose matrix units then do what
+    scaled_dot_product_attention leaves to slower code, its backward pass above all. Takes memory for (B, nh, T, T).
+    """
+    T, hs = q.shape[-2:]
+    mask = torch.full((T, T), -math.inf, dtype=q.dtype).triu_(1)
+    weights = torch.baddbmm(mask, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=1 / math.sqrt(hs)).softmax(-1, dtype=q.dtype)
+    return (F.dropout(weights, dropout) @ v.flatten(0, 1)).view(q.shape)
 
 
 class CausalSelfAttention(nn.Module):
@@ -89,17 +107,17 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, cache=None):
         B, T, C = x.shape
-        qkv = self.c_attn(x)  # (B, T, 3 C)
-        dtype = qkv.dtype
-        if x.device.type == "cpu":  # whose float32 attention is 1.2 to 3.5 times as fast as its bfloat16 one
-            qkv = qkv.float()
-        q, k, v = qkv.view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4).unbind(0)  # (B, nh, T, hs) each
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, nh, T, hs) each
         if cache is not None:
             k, v = cache.append(k, v)  # (B, nh, length, hs)
-        # with a cache either everything is read at once, or one position that may look at all before it: no mask
-        with torch.autocast("cpu", enabled=False):  # which would cast them back
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=T > 1)
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C).to(dtype)))
+        dropout = self.dropout if self.training else 0.0
+        if q.dtype == torch.bfloat16 and q.device.type == "cpu" and cache is None:
+            y = attend(q, k, v, dropout)
+        else:
+            # with a cache either everything is read at once, or one position that may look at all before it: no mask
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 
 class MLP(nn.Module):
@@ -349,17 +367,17 @@ def pick(logits, temperature, top_k, top_p):
     """One id a row, (B, 1), drawn from float logits (B, V), or with temperature 0 the likeliest."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
+    ids = None
+    if top_k and top_k < logits.size(-1) or top_p is not None and top_p < 1:
+        logits, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # (B, k), in descending order
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # at most 0: a tiny temperature can't overflow upwards
-    if top_k and top_k < logits.size(-1):
-        logits[logits < logits.topk(top_k).values[:, -1:]] = -math.inf
     if top_p is not None and top_p < 1:
-        values, order = logits.sort(descending=True)
-        p = values.softmax(-1)
-        beyond = p.cumsum(-1) - p >= top_p  # what comes before an id already holds top_p; never true of the first
-        logits[beyond.scatter(1, order, beyond)] = -math.inf
+        p = logits.softmax(-1)
+        logits[p.cumsum(-1) - p >= top_p] = -math.inf  # what comes before an id already holds top_p; never true of the first
     # the Gumbel-max trick: like torch.multinomial, which would wait for the device to check its input
     noise = torch.empty_like(logits).exponential_().clamp_min_(1e-10)
-    return (logits - noise.log()).argmax(-1, keepdim=True)
+    chosen = (logits - noise.log()).argmax(-1, keepdim=True)
+    return chosen if ids is None else ids.gather(1, chosen)
 
 
 # -----------------------------------------------------------------------------

@@ -32,9 +32,11 @@ configure(globals())
 def tokenize(batch, rank, folder):
     """Appends the ids of a batch of documents, each ended by end-of-text, to the file of process `rank`."""
     bpe = gpt2_bpe()
-    ids = [np.array(bpe.encode_ordinary(text or "") + [bpe.eot_token], dtype="<u2") for text in batch["text"]]
     with open(os.path.join(folder, f"{rank or 0:05}"), "ab") as file:
-        file.write(np.concatenate(ids).tobytes())
+        for text in batch["text"]:
+            # what encode_ordinary returns, without a list of Python integers
+            ids = bpe.encode_to_numpy(text or "", allowed_special=set(), disallowed_special=())
+            file.write(np.append(ids, bpe.eot_token).astype("<u2").tobytes())
 
 
 if __name__ == "__main__":  # where processes are spawned, not forked, each imports this file
