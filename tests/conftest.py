@@ -1,13 +1,16 @@
 """What the tests share: the scripts run on a tiny data set, in this process (quick) or in others (signals, torchrun)."""
 
+import atexit
 import csv
 import os
 import socket
 import pickle
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +21,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # so that runs in this process, forked and spawned ones are alike; and a process with threads can't be forked
 os.environ.update(OMP_NUM_THREADS="1", WANDB_MODE="offline", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+os.environ["HF_HOME"] = tempfile.mkdtemp()
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
+sys.modules["matplotlib"] = None  # not installed, for runs in this process and its forks: a picture for each would take minutes
 
 TINY = ("--n_layer=2 --n_head=2 --n_embd=16 --block_size=8 --batch_size=3 --gradient_accumulation_steps=4 --max_iters=8 --eval_interval=3 "
         "--eval_iters=3 --learning_rate=0.01 --lr_decay_iters=8 --warmup_iters=2 --device=cpu --dtype=float32").split()
