@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from configurator import configure
 from data.common import open_ids, read_meta, remedy, whole
-from data.plot import draw
+from data.plot import draw_losses
 from model import GPT, GPTConfig, load_checkpoint, load_optimizer, save_checkpoint, setup_device
 
 # where it goes, and how often
@@ -483,7 +483,7 @@ if not eval_only and saved_at != iter_num:
 if master and not eval_only:
     log_file.close()
     try:
-        draw([out_dir], os.path.join(out_dir, "loss.png"))
+        draw_losses([out_dir], os.path.join(out_dir, "loss.png"))
     except Exception as error:  # a picture is no reason to fail
         print(f"loss.png was not drawn: {error}", file=sys.stderr)
 if world_size > 1:

@@ -33,7 +33,7 @@ def read_log(folder):
     return columns
 
 
-def draw(folders, path):
+def draw_losses(folders, path):
     """Writes the picture of the runs in `folders` to `path` (.png, .svg, .pdf)."""
     import matplotlib  # here: slow to import
     matplotlib.use("Agg")  # no screen
@@ -67,5 +67,5 @@ if __name__ == "__main__":
     if not folders:
         raise ValueError("which run? name its out_dir: python data/plot.py out")
     to = to or os.path.join(folders[0], "loss.png")
-    draw(folders, to)
+    draw_losses(folders, to)
     print(f"wrote {to}")

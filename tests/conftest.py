@@ -137,7 +137,9 @@ def assert_same_state(a, b):
     assert a["model"].keys() == b["model"].keys()
     for name in a["model"]:
         assert torch.equal(a["model"][name], b["model"][name]), name
-    assert a["optimizer"]["state"].keys() == b["optimizer"]["state"].keys()
-    for i, state in a["optimizer"]["state"].items():
-        for key in state:
-            assert torch.equal(torch.as_tensor(state[key]), torch.as_tensor(b["optimizer"]["state"][i][key])), (i, key)
+    assert a.keys() == b.keys()
+    for name in a.keys() & {"optimizer", "muon"}:
+        assert a[name]["state"].keys() == b[name]["state"].keys()
+        for i, state in a[name]["state"].items():
+            for key in state:
+                assert torch.equal(torch.as_tensor(state[key]), torch.as_tensor(b[name]["state"][i][key])), (name, i, key)

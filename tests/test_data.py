@@ -147,3 +147,54 @@ def test_ids_that_are_missing_odd_or_too_few(tmp_path, content):
 def test_pickles_of_plain_data_pass():
     data = {"a": [1, 2.5, ("b", None, True)], 3: {"c"}}
     assert common.PlainUnpickler(io.BytesIO(pickle.dumps(data))).load() == data
+
+
+def test_own_text_by_characters(checkout, tmp_path):
+    (tmp_path / "notes").mkdir()
+    for name, text in (("b.txt", "zwei ü"), ("notes/2.md", "two"), ("notes/1.md", "one\n")):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    result = prepare(checkout, "text", str(tmp_path / "b.txt"), str(tmp_path / "notes"), "--val_share=0.5")
+    assert result.returncode == 0, result.stderr
+    meta = common.read_meta(str(checkout / "data/text"))
+    ids = [*np.fromfile(checkout / "data/text/train.bin", "<u2"), *np.fromfile(checkout / "data/text/val.bin", "<u2")]
+    assert "".join(meta["itos"][i] for i in ids) == "zwei ü\none\n\ntwo" and "7 tokens, val.bin 8" in result.stdout
+
+
+def test_own_text_in_gpt2s_tokens_is_read_in_pieces_without_a_trace(checkout, documents, tmp_path):
+    texts = {"a.txt": "".join(documents), "b.txt": "no_space" * 1000, "c.txt": " \n\n \n", "d.txt": "\u3000 x\x1c \n'll we're  1 2\n\n\nend \n" * 500}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text, encoding="utf-8", newline="")
+    script = checkout / "data/text/prepare.py"
+    small = script.with_name("small.py")  # the same with pieces of 64 characters
+    small.write_text(script.read_text().replace("size=2 ** 22", "size=64"))
+    (script.parent / "meta.pkl").write_bytes(b"of characters, before")
+    for path in (script, small):
+        result = subprocess.run([sys.executable, path, tmp_path, "--tokens=gpt2"], capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        bpe = common.gpt2_bpe()
+        expected = [i for text in texts.values() for i in bpe.encode_ordinary(text) + [bpe.eot_token]]
+        train, val = (np.fromfile(script.parent / f"{split}.bin", "<u2") for split in ("train", "val"))
+        assert [*train, *val] == expected and len(val) == len(expected) // 10
+        assert not (script.parent / "meta.pkl").exists() and not list(script.parent.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("arguments, named", [([], "which text"), (["nowhere.txt"], "nowhere.txt"), (["{}/x.bin"], "x.bin"),
+                                              (["{}/x.bin", "--tokens=words"], "words"), (["{}/x.bin", "--val_share=1.0"], "val_share")])
+def test_text_that_is_none(checkout, tmp_path, arguments, named):
+    (tmp_path / "x.bin").write_bytes(b"\xff\xfe\x00")
+    result = prepare(checkout, "text", *(argument.format(tmp_path) for argument in arguments))
+    assert result.returncode == 1 and result.stderr.startswith("error: ") and named in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_a_picture_of_runs(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/log.csv").write_text("iter,train_loss,val_loss,loss,lr\n0,4.2,4.1,,0.1\n0,,,4.2,0.1\n1,,,4.0,0.2\n2,3.5,3.6,,0.2\n")
+    command = [sys.executable, str(ROOT / "data/plot.py"), str(tmp_path / "a")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "a/loss.png").read_bytes().startswith(b"\x89PNG")
+    both = subprocess.run([*command, str(tmp_path / "a"), f"--to={tmp_path}/both.svg"], capture_output=True, text=True)
+    assert both.returncode == 0 and "<svg" in (tmp_path / "both.svg").read_text()
+    (tmp_path / "a/log.csv").unlink()
+    missing = subprocess.run(command, capture_output=True, text=True)
+    assert missing.returncode == 1 and missing.stderr.startswith("error: ") and "log.csv" in missing.stderr

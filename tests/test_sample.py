@@ -2,6 +2,7 @@ import re
 
 import pytest
 import torch
+import transformers
 from conftest import newest
 
 from model import GPT, GPTConfig
@@ -70,3 +71,59 @@ def test_a_folder_from_transformers_with_gpt2s_tokenizer(run, tmp_path):
     out = sample(run, "nowhere", f"--init_from={tmp_path}", "--start=Once upon a time", "--top_p=0.9")
     assert out.count("Once upon a time") == 2
     assert sample(run, "nowhere", f"--init_from={tmp_path}", "--start=").count("-" * 15) == 2  # starts from end-of-text
+
+
+def test_one_sample_is_shown_while_it_is_drawn(run, trained, monkeypatch):
+    import sys
+    shown = []
+    write = sys.stdout.write
+    monkeypatch.setattr(sys.stdout, "write", lambda text: shown.append(text) or write(text))
+    out = sample(run, trained, "--start=the", "--num_samples=1")
+    assert len([text for text in shown if len(text) == 1 and text != "\n"]) >= 10  # characters came one by one
+    monkeypatch.undo()
+    assert sample(run, trained, "--start=the", "--num_samples=1") == out and len(out) == len("the") + 20 + 1 + 15 + 1
+
+
+def test_bytes_of_one_character_are_shown_together(run, tmp_path, monkeypatch):
+    """A model that always continues with the tokens of a text whose characters take several of them."""
+    from data.common import gpt2_bpe
+    ids = gpt2_bpe().encode("a🙂日本b")
+    assert len(ids) > 6
+    torch.manual_seed(0)
+    GPT(GPTConfig(32, 50304, 1, 2, 8)).save_pretrained(str(tmp_path))
+    monkeypatch.setattr("model.GPT.stream", lambda *arguments, **options: (torch.tensor([[i]]) for i in ids))
+    assert sample(run, "nowhere", f"--init_from={tmp_path}", "--start=x", "--num_samples=1").startswith("xa🙂日本b\n---")
+
+
+def test_a_prompt_from_standard_input(run, trained, monkeypatch):
+    import os
+    reading, writing = os.pipe()
+    os.write(writing, b"the fox")
+    os.close(writing)
+    before = os.dup(0)
+    os.dup2(reading, 0)
+    try:
+        assert sample(run, trained, "--start=FILE:-").startswith("the fox")
+    finally:
+        os.dup2(before, 0)
+
+
+def test_an_exported_model_serves_a_pipeline(run, tmp_path):
+    torch.manual_seed(0)
+    GPT(GPTConfig(32, 50304, 2, 2, 16, bias=False)).save_pretrained(str(tmp_path / "a"))
+    with pytest.raises(SystemExit) as end:
+        sample(run, "nowhere", f"--init_from={tmp_path / 'a'}", f"--export={tmp_path / 'b'}")
+    assert not end.value.code and "vocab.json" in run.out
+    generate = transformers.pipeline("text-generation", str(tmp_path / "b"))
+    theirs = generate("Once upon a time", max_new_tokens=20, do_sample=False)[0]["generated_text"]
+    ours = sample(run, "nowhere", f"--init_from={tmp_path / 'b'}", "--start=Once upon a time", "--temperature=0", "--num_samples=1")
+    assert ours == theirs + "\n" + "-" * 15 + "\n"
+    text = "It's <|endoftext|> zwölf 🙂\n\n  boxes"
+    from data.common import gpt2_bpe
+    assert generate.tokenizer(text)["input_ids"] == gpt2_bpe().encode(text, allowed_special="all")
+
+
+def test_a_character_model_is_exported_without_a_tokenizer(run, trained, tmp_path):
+    with pytest.raises(SystemExit):
+        sample(run, trained, f"--export={tmp_path / 'b'}")
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["config.json", "model.safetensors"]
