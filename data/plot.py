@@ -35,10 +35,9 @@ def read_log(folder):
 
 def draw_losses(folders, path):
     """Writes the picture of the runs in `folders` to `path` (.png, .svg, .pdf)."""
-    import matplotlib  # here: slow to import
-    matplotlib.use("Agg")  # no screen
-    from matplotlib import pyplot
-    figure, (above, below) = pyplot.subplots(2, 1, sharex=True, figsize=(8, 6), height_ratios=(4, 1), layout="constrained")
+    from matplotlib.figure import Figure  # here: slow to import; without pyplot, which looks for a screen
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     for number, folder in enumerate(folders):
         log, color = read_log(folder), f"C{number}"
         name = f"{os.path.basename(os.path.normpath(folder))}: " if len(folders) > 1 else ""
@@ -55,7 +54,6 @@ def draw_losses(folders, path):
     below.set_ylabel("learning rate")
     below.set_xlabel("iteration")
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 if __name__ == "__main__":

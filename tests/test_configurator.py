@@ -111,7 +111,8 @@ def test_help_lists_every_setting(script, tmp_path):
 
 TRAIN = """out_dir eval_interval log_interval eval_iters eval_only always_save_checkpoint init_from wandb_log wandb_project wandb_run_name
     dataset gradient_accumulation_steps batch_size block_size n_layer n_head n_embd dropout bias learning_rate max_iters weight_decay beta1
-    beta2 grad_clip decay_lr warmup_iters lr_decay_iters min_lr backend device dtype compile seed deterministic""".split()
+    beta2 grad_clip decay_lr warmup_iters lr_decay_iters min_lr backend device dtype compile seed deterministic
+    optimizer_type muon_scale lr_schedule decay_share""".split()
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("config/*.py")), ids=lambda path: path.stem)

@@ -186,15 +186,17 @@ def test_text_that_is_none(checkout, tmp_path, arguments, named):
     assert result.returncode == 1 and result.stderr.startswith("error: ") and named in result.stderr and result.stderr.count("\n") == 1
 
 
-def test_a_picture_of_runs(tmp_path):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a/log.csv").write_text("iter,train_loss,val_loss,loss,lr\n0,4.2,4.1,,0.1\n0,,,4.2,0.1\n1,,,4.0,0.2\n2,3.5,3.6,,0.2\n")
-    command = [sys.executable, str(ROOT / "data/plot.py"), str(tmp_path / "a")]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+def test_a_picture_of_runs(run, tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "matplotlib")
+    log = tmp_path / "a/log.csv"
+    log.parent.mkdir()
+    log.write_text("iter,train_loss,val_loss,loss,lr\n0,4.2,4.1,,0.1\n0,,,4.2,0.1\n1,,,4.0,0.2\n2,3.5,3.6,,0.2\n")
+    result = run("data/plot.py", log.parent)
     assert (tmp_path / "a/loss.png").read_bytes().startswith(b"\x89PNG")
-    both = subprocess.run([*command, str(tmp_path / "a"), f"--to={tmp_path}/both.svg"], capture_output=True, text=True)
-    assert both.returncode == 0 and "<svg" in (tmp_path / "both.svg").read_text()
-    (tmp_path / "a/log.csv").unlink()
-    missing = subprocess.run(command, capture_output=True, text=True)
-    assert missing.returncode == 1 and missing.stderr.startswith("error: ") and "log.csv" in missing.stderr
+    assert result["read_log"](log.parent)["val_loss"] == ([0, 2], [4.1, 3.6])
+    run("data/plot.py", log.parent, log.parent, f"--to={tmp_path}/both.svg")
+    assert "<svg" in (tmp_path / "both.svg").read_text()
+    log.write_text("iter,loss\n0,none\n")
+    for mistake, named in (([log.parent], "log.csv"), ([tmp_path], "log.csv"), ([], "which run")):
+        with pytest.raises(ValueError, match=named):
+            run("data/plot.py", *mistake)
