@@ -313,6 +313,8 @@ class GPT(nn.Module):
         """
         folder = name_or_folder
         if not os.path.isdir(folder):
+            if folder not in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
+                raise ValueError(f"there is no model {folder!r} to start from: take 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a folder")
             from huggingface_hub import snapshot_download
             try:
                 folder = snapshot_download(f"openai-community/{name_or_folder}", allow_patterns=["config.json", "model*.safetensors"])
@@ -378,11 +380,11 @@ def pick(logits, temperature, top_k, top_p):
     """One id a row, (B, 1), drawn from float logits (B, V), or with temperature 0 the likeliest."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    ids = None
-    if top_k and top_k < logits.size(-1) or top_p is not None and top_p < 1:
+    ids, nucleus = None, (top_p or 1) < 1
+    if nucleus or top_k and top_k < logits.size(-1):
         logits, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # (B, k), in descending order
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # at most 0: a tiny temperature can't overflow upwards
-    if top_p is not None and top_p < 1:
+    if nucleus:
         p = logits.softmax(-1)
         logits[p.cumsum(-1) - p >= top_p] = -math.inf  # what comes before an id already holds top_p; never true of the first
     # the Gumbel-max trick: like torch.multinomial, which would wait for the device to check its input
@@ -499,8 +501,6 @@ def load_model(init_from, out_dir):
     `init_from`: 'resume' (ckpt.pt in `out_dir`, else last.pt), a name of OpenAI's, or a folder; see `from_pretrained`.
     """
     if init_from != "resume":
-        if not init_from.startswith("gpt2") and not os.path.isdir(init_from):
-            raise ValueError(f"init_from={init_from!r} is neither 'resume', nor 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', nor a folder")
         return GPT.from_pretrained(init_from), None
     path = next(filter(os.path.exists, [os.path.join(out_dir, name) for name in ("ckpt.pt", "last.pt")]), None)
     if path is None:
@@ -513,10 +513,11 @@ def load_optimizer(optimizer, saved):
     """Loads the state (moments, steps) that a checkpoint saved; the options, such as betas and decay, stay as they are."""
     current = optimizer.state_dict()
     shapes = dict(enumerate(p.shape for group in optimizer.param_groups for p in group["params"]))
-    moments = {"momentum_buffer"} if isinstance(optimizer, torch.optim.Muon) else {"exp_avg", "exp_avg_sq"}
+    muon = isinstance(optimizer, torch.optim.Muon)
+    moments = ("momentum_buffer",) if muon else ("exp_avg", "exp_avg_sq")
     try:
-        fits = all(state[name].shape == shapes[i] for i, state in saved["state"].items() for name in moments)
-        fits = fits and all(float(state.get("step", 0)) >= 0 for state in saved["state"].values()) and len(saved["state"]) in (0, len(shapes))
+        fits = len(saved["state"]) in (0, len(shapes)) and all(state[name].shape == shapes[i] for i, state in saved["state"].items() for name in moments)
+        fits = fits and (muon or all(float(state["step"]) >= 0 for state in saved["state"].values()))
     except Exception:  # made by hand, or for another optimizer
         fits = False
     if not fits:

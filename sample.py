@@ -47,10 +47,11 @@ model, dataset = load_model(init_from, out_dir)
 encode, decode, vocab_limit, end = tokenizer(dataset, model.config.vocab_size)
 if export:
     model.save_pretrained(export)
-    for name, content in gpt2_files(model.config.block_size).items() if end is not None else ():  # characters have no such files
+    files = gpt2_files(model.config.block_size) if end is not None else {}  # characters have no such files
+    for name, content in files.items():
         with open(os.path.join(export, name), "wb") as file:
             file.write(content)
-    print(f"wrote {', '.join(sorted(os.listdir(export)))} to {export}")
+    print(f"wrote {', '.join(['config.json', 'model.safetensors', *files])} to {export}")
     sys.exit()
 model.eval().to(device, getattr(torch, dtype))  # weights are cast once, here
 

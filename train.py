@@ -52,7 +52,7 @@ dropout = 0.0  # 0 for pretraining, 0.1 or more for finetuning
 bias = False  # in linear layers and layer norms
 # optimizer
 optimizer_type = 'adamw'  # 'muon': Muon on the blocks' matrices, AdamW on all else
-muon_scale = 2.0  # Muon's rate and AdamW's: their ratio
+muon_scale = 2.0  # Muon's learning rate is so many times learning_rate
 learning_rate = 6e-4  # the highest
 max_iters = 600000  # updates in all
 weight_decay = 1e-1  # of matrices and embeddings
@@ -81,7 +81,7 @@ LEAST = dict(eval_interval=1, log_interval=1, eval_iters=0, gradient_accumulatio
              n_layer=1, n_head=1, n_embd=1, learning_rate=0, max_iters=0, weight_decay=0, grad_clip=0, warmup_iters=0,
              lr_decay_iters=0, min_lr=0, dropout=0, beta1=0, beta2=0, seed=0, muon_scale=0, decay_share=0)
 for key, least in LEAST.items():
-    limit = {"dropout": 1, "beta1": 1, "beta2": 1, "decay_share": 1 + 1e-9, "n_layer": 10 ** 4, "seed": 2 ** 62}.get(key, 2 ** 31)
+    limit = {"dropout": 1, "beta1": 1, "beta2": 1, "n_layer": 10 ** 4, "seed": 2 ** 62}.get(key, 2 ** 31)
     if not least <= config[key] < limit:
         raise ValueError(f"{key}={config[key]} is out of range: it must be at least {least} and below {limit}")
 for key, choices in (("optimizer_type", ("adamw", "muon")), ("lr_schedule", ("cosine", "wsd"))):
@@ -123,9 +123,6 @@ if init_from in ("resume", "auto") and found:
     checkpoint = max(map(load_checkpoint, found), key=lambda checkpoint: checkpoint["iter_num"])
     if dtype == "auto":
         dtype = checkpoint["config"].get("dtype", "auto")
-elif init_from not in ("scratch", "auto", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl") and not os.path.isdir(init_from):
-    raise ValueError(f"init_from={init_from!r} is none of 'scratch', 'resume', 'auto', 'gpt2', 'gpt2-medium', 'gpt2-large', "
-                     "'gpt2-xl', and not a folder either")
 
 # ---- device ----
 
@@ -167,24 +164,24 @@ def get_batch(split, stream, i, rows=batch_size, micro=0):
     data = open_ids(dataset, split, block_size)
     # the modulo favours low offsets by under 1e-9; unlike numpy's integers(), it stays the same in every version
     offsets = draw(stream, i, rows)[micro * batch_size:(micro + 1) * batch_size] % (len(data) - block_size)
-    return to_device(data, data[offsets.astype(np.int64)[:, None] + np.arange(block_size + 1)].astype(np.int64))
+    ids = to_device(data, data[offsets.astype(np.int64)[:, None] + np.arange(block_size + 1)].astype(np.int64))
+    return ids[:, :-1], ids[:, 1:]
 
 
 def get_stretch(split, k, tokens):
     """Micro-batch `k` of the first `tokens` ids of a split, one block after the other, as from `get_batch`; -1 past the end."""
     data = open_ids(dataset, split, block_size)
     places = (np.arange(batch_size)[:, None] + k * batch_size) * block_size + np.arange(block_size + 1)
-    inputs, targets = to_device(data, np.where(places < tokens, data[np.minimum(places, tokens - 1)].astype(np.int64), -1))
-    return inputs.clamp(min=0), targets
+    ids = to_device(data, np.where(places < tokens, data[np.minimum(places, tokens - 1)].astype(np.int64), -1))
+    return ids.clamp(min=0)[:, :-1], ids[:, 1:]  # strides as above: the compiler goes by them
 
 
 def to_device(data, ids):
-    """Rows of block_size + 1 ids read from `data`, checked: inputs and targets, on the device."""
+    """Rows of block_size + 1 ids read from `data`, checked."""
     if ids.max() >= model.config.vocab_size:
         raise ValueError(f"{data.filename} has the id {ids.max()}, the model a vocabulary of {model.config.vocab_size}: {remedy(dataset)}")
     ids = torch.from_numpy(ids)
-    ids = ids.pin_memory().to(device, non_blocking=True) if device_type == "cuda" else ids.to(device)
-    return ids[:, :-1], ids[:, 1:]
+    return ids.pin_memory().to(device, non_blocking=True) if device_type == "cuda" else ids.to(device)
 
 
 def micro_batches(start):
@@ -281,22 +278,23 @@ if compile:  # the first passes compile: they are tried here, on a batch that co
 def estimate_loss():
     """Mean loss of the same batches each time, shared by all processes: {'train': loss, 'val': loss}."""
     means = {}
-    tokens = {split: len(open_ids(dataset, split, block_size)) for split in ("train", "val")}
-    batches = eval_iters or math.ceil((tokens["val"] - 1) / (batch_size * block_size))
     compiled.eval()
     for split, stream in (("train", EVAL_TRAIN), ("val", EVAL_VAL)):
-        losses, counts = torch.zeros(2, batches, device=device)  # counts: how many tokens each is a mean over
+        tokens = min(len(open_ids(dataset, name, block_size)) for name in (split, "val"))
+        full = batch_size * block_size
+        batches = eval_iters or math.ceil((tokens - 1) / full)
+        weights = torch.ones(batches, dtype=torch.float64)
+        if not eval_iters:
+            weights[-1] = (tokens - 1) / full - (batches - 1)  # the last batch is a short one
+        losses = torch.zeros(batches, device=device)
         for k in tqdm(range(rank, batches, world_size), f"evaluating on {split}", leave=False, delay=2,
                       disable=not (master and sys.stderr.isatty())):
-            x, y = get_batch(split, stream, k) if eval_iters else get_stretch(split, k, min(tokens.values()))
-            counts[k] = (y >= 0).sum()
+            x, y = get_batch(split, stream, k) if eval_iters else get_stretch(split, k, tokens)
             with autocast:
                 losses[k] = compiled(x, y)[1]
         if world_size > 1:
-            for part in (losses, counts):
-                dist.all_reduce(part)  # each one plus zeros: the mean is bitwise that of one process
-        losses, counts = losses.cpu().double(), counts.cpu().double()
-        means[split] = ((losses * counts).sum() / counts.sum()).item()
+            dist.all_reduce(losses)  # each one plus zeros: the mean is bitwise that of one process
+        means[split] = ((losses.cpu().double() * weights).sum() / weights.sum()).item()
     compiled.train()
     return means
 
@@ -311,7 +309,9 @@ def get_lr(i):
         return learning_rate
     if warm < 1:
         return learning_rate * warm
-    decay = lr_decay_iters - warmup_iters if lr_schedule == "cosine" else decay_share * lr_decay_iters
+    decay = lr_decay_iters - warmup_iters
+    if lr_schedule == "wsd":
+        decay = min(decay, decay_share * lr_decay_iters)
     left = min(1, max(0, lr_decay_iters - i) / max(1, decay))  # of the decay: from 1 to 0
     return min_lr + (learning_rate - min_lr) * (left if lr_schedule == "wsd" else (1 - math.cos(math.pi * left)) / 2)
 
@@ -339,7 +339,8 @@ def save(name):
     model_args = dict(shape, vocab_size=model.config.vocab_size, dropout=dropout)
     save_checkpoint(dict(model=model.state_dict(), model_args=model_args, iter_num=iter_num,
                          best_val_loss=best_val_loss, config=config, scaler=scaler.state_dict(),
-                         skipped=(skipped, skipped_in_a_row), wandb_id=wandb_id, **{key: optimizer.state_dict() for key, optimizer in optimizers.items()}), paths[name])
+                         skipped=(skipped, skipped_in_a_row), wandb_id=wandb_id,
+                         **{key: optimizer.state_dict() for key, optimizer in optimizers.items()}), paths[name])
 
 
 def lock(file):
@@ -482,6 +483,8 @@ if not eval_only and saved_at != iter_num:
     save("last.pt")
 if master and not eval_only:
     log_file.close()
+    if stop and not last_step:
+        print(f"stopped by {signal.Signals(stop).name} before iteration {iter_num}; to go on, repeat the command with --init_from=resume", flush=True)
     try:
         draw_losses([out_dir], os.path.join(out_dir, "loss.png"))
     except Exception as error:  # a picture is no reason to fail
@@ -495,6 +498,4 @@ if skipped_in_a_row == 10:
     raise ValueError(f"10 updates in a row were not finite, the last at iteration {iter_num - 1}; the weights from before are in "
                      f"{paths['last.pt']!r}: go on with --init_from=resume and another learning_rate, dtype or dataset")
 if stop and not last_step:
-    if master:
-        print(f"stopped by {signal.Signals(stop).name} before iteration {iter_num}; to go on, repeat the command with --init_from=resume")
     sys.exit(128 + stop)

@@ -66,8 +66,8 @@ def write_characters(folder, text, train_share=0.9):
     stoi = {character: i for i, character in itos.items()}
     ids = np.array([stoi[character] for character in text])
     cut = int(len(ids) * train_share)
-    if len(itos) > 65536:
-        raise ValueError(f"the text has {len(itos)} different characters, and uint16 ids reach for 65536: take GPT-2's tokens")
+    if not 0 < len(itos) <= 65536:
+        raise ValueError(f"the text has {len(itos)} different characters: it takes at least one, and uint16 ids reach for 65536")
     with whole(os.path.join(folder, "meta.pkl")) as scrap, open(scrap, "wb") as file:
         pickle.dump({"vocab_size": len(itos), "itos": itos, "stoi": stoi}, file)
     write_ids(os.path.join(folder, "train.bin"), ids[:cut])
@@ -141,7 +141,7 @@ def tokenizer(dataset, vocab_size):
             raise ValueError(f"a vocabulary of {vocab_size} is not GPT-2's, and data/{dataset} has no meta.pkl: {remedy(dataset)}")
         bpe = gpt2_bpe()
         return lambda text: bpe.encode(text, allowed_special="all"), bpe.decode, bpe.n_vocab, bpe.eot_token
-    if meta["vocab_size"] > vocab_size:
+    if meta["vocab_size"] != vocab_size:
         raise ValueError(f"data/{dataset} has {meta['vocab_size']} characters, the model {vocab_size}: it was trained on other data")
 
     def encode(text):

@@ -15,6 +15,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from configurator import configure
 
+to = ''  # the picture's file; '': loss.png in the first run's folder
+
 
 def read_log(folder):
     """log.csv of `folder` as {column: (iterations, values)}, without the rows that are empty there."""
@@ -28,7 +30,7 @@ def read_log(folder):
                         iterations, values = columns.setdefault(key, ([], []))
                         iterations.append(int(row["iter"]))
                         values.append(float(value))
-    except (OSError, UnicodeDecodeError, ValueError, TypeError) as error:
+    except Exception as error:  # missing, or not such a file
         raise ValueError(f"cannot read {path!r}: {error}; name the out_dir of a run") from None
     return columns
 
@@ -53,14 +55,15 @@ def draw_losses(folders, path):
         above.legend()
     below.set_ylabel("learning rate")
     below.set_xlabel("iteration")
-    figure.savefig(path, dpi=120)
+    try:
+        figure.savefig(path, dpi=120)
+    except ValueError as error:  # another ending
+        raise ValueError(f"cannot draw to {path!r}: {error}") from None
 
 
 if __name__ == "__main__":
     folders = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
     sys.argv[1:] = [argument for argument in sys.argv[1:] if argument.startswith("-")]
-    to = ''  # the picture's file; default: loss.png in the first run's folder
-
     configure(globals())
     if not folders:
         raise ValueError("which run? name its out_dir: python data/plot.py out")

@@ -10,6 +10,7 @@ acc that with the highest sum. LAMBADA: the last word of `text`, given all befor
 token is the likeliest, perplexity is exp of the words' mean negative log-likelihood.
 """
 
+import contextlib
 import os
 import sys
 import time
@@ -60,7 +61,7 @@ try:
         name, split = SOURCES[task]
         items = datasets.load_dataset(name, split=split)
 except Exception as error:  # offline, unknown, damaged: many kinds
-    raise ValueError(f"cannot load {files or SOURCES[task][0]!r}: {type(error).__name__}: {str(error).splitlines()[0]}; give "
+    raise ValueError(f"cannot load {files or SOURCES[task][0]!r}: {type(error).__name__}: {str(error).partition(chr(10))[0]}; give "
                      "local json lines by --files") from None
 needed = {"hellaswag": {"ctx", "endings", "label"}, "lambada": {"text"}}[task]
 if not needed <= set(items.column_names) or not len(items):
@@ -69,10 +70,13 @@ items = items.select(range(min(limit or len(items), len(items))))
 
 device, dtype, _ = setup_device(device, dtype, False)
 model, dataset = load_model(init_from, out_dir)
-model.eval().to(device, getattr(torch, dtype))
+model.eval().to(device)
+autocast = contextlib.nullcontext() if dtype == "float32" else torch.autocast(device.split(":")[0], dtype=getattr(torch, dtype))  # as in training
 encode, _, vocab_size, end = tokenizer(dataset, model.config.vocab_size)
 if end is None:
     raise ValueError(f"the model was trained on characters of {dataset!r}: these tasks take GPT-2's tokens")
+if any(type(value) is not (list if key == "endings" else str) for key in needed - {"label"} for value in items[key]):
+    raise ValueError(f"{task} takes text in {', '.join(sorted(needed - {'label'}))} of each row; here some have none")
 if task == "hellaswag":
     pairs = [(item["ctx"], " " + ending) for item in items for ending in item["endings"]]
     if len(pairs) != 4 * len(items) or not {str(label) for label in items["label"]} <= set("0123"):
@@ -111,7 +115,8 @@ mine = order[rank::world_size]
 began = time.perf_counter()
 for start in tqdm(range(0, len(mine), batch_size), task, disable=rank > 0 or not sys.stderr.isatty()):
     some = mine[start:start + batch_size]
-    sums, whole = score([rows[i] for i in some])
+    with autocast:
+        sums, whole = score([rows[i] for i in some])
     likelihood[some], likeliest[some] = sums.double(), whole.double()
 if world_size > 1:
     for part in (likelihood, likeliest):
@@ -120,7 +125,7 @@ if world_size > 1:
 
 if rank == 0:
     if task == "hellaswag":
-        lengths = torch.tensor([len(after) for _, after in rows])
+        lengths = torch.tensor([min(len(after), model.config.block_size) for _, after in rows])
         acc, acc_norm = ((value.view(-1, 4).argmax(-1) == labels).double().mean() for value in (likelihood, likelihood / lengths))
         print(f"hellaswag: acc_norm {acc_norm:.4f}, acc {acc:.4f}", end="")
     else:

@@ -105,13 +105,13 @@ def test_an_interrupted_write_leaves_what_was_there(tmp_path):
 
 def test_characters_round_trip(tmp_path):
     common.write_characters(str(tmp_path), "hello wörld" * 10)
-    encode, decode, size, end = common.tokenizer(str(tmp_path), 64)
+    encode, decode, size, end = common.tokenizer(str(tmp_path), 9)
     assert decode(encode("wörld")) == "wörld" and size == 9 and end is None
     assert len(common.open_ids(str(tmp_path), "train", 8)) == 99 and len(common.open_ids(str(tmp_path), "val", 8)) == 11
     with pytest.raises(ValueError, match="'x'"):
         encode("x")
-    with pytest.raises(ValueError, match="9 characters, the model 7"):
-        common.tokenizer(str(tmp_path), 7)
+    with pytest.raises(ValueError, match="9 characters, the model 10"):
+        common.tokenizer(str(tmp_path), 10)
 
 
 class Evil:

@@ -50,7 +50,7 @@ if not 0 < val_share < 1:
     raise ValueError(f"val_share={val_share} is out of range: it must lie between 0 and 1")
 files = []
 for path in map(Path, paths):
-    files += sorted(child for child in path.rglob("*") if child.is_file()) if path.is_dir() else [path]
+    files += sorted(child for child in path.rglob("*") if child.is_file() and child.name[0] != ".") if path.is_dir() else [path]
 if not files:
     raise ValueError("which text? name files or folders: python data/text/prepare.py my.txt")
 
@@ -74,7 +74,7 @@ try:
                         total += out.write(ids.astype("<u2").tobytes()) // 2
                         bar.update(len(piece.encode()))
                 total += out.write(np.array([bpe.eot_token], "<u2").tobytes()) // 2
-        cut = total - int(total * val_share)
+        cut = total - max(1, int(total * val_share))
         np.memmap(train_scrap, "<u2", "r")[cut:].tofile(val_scrap)
         os.truncate(train_scrap, 2 * cut)
         if os.path.exists(os.path.join(out_dir, "meta.pkl")):
