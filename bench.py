@@ -88,9 +88,10 @@ def train_step(plain=False, deterministic=False):
     model = GPT(shape).to(device)
     optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), device_type)
     if plain and not on_cuda:
-        optimizer = torch.optim.AdamW(optimizer.param_groups, lr=1e-4, betas=(0.9, 0.95), fused=False, foreach=False)
+        groups = [{key: group[key] for key in ("params", "weight_decay")} for group in optimizer.param_groups]  # not their `fused`
+        optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95))
     lower = contextlib.nullcontext() if dtype == "float32" or (plain and not on_cuda) else torch.autocast(device_type, dtype=half)
-    run = torch.compile(model) if compile else model
+    run = torch.compile(model) if compile and (on_cuda or not plain) else model
     ids = torch.randint(vocab_size, (batch_size, block_size + 1), device=device)
     x, y = ids[:, :-1], ids[:, 1:]
 
