@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from model import GPT, GPTConfig, KVCache, pick
+from model import GPT, GPTConfig, KVCache, Linear, attend, pick
 
 SMALL = dict(block_size=16, vocab_size=61, n_layer=3, n_head=4, n_embd=32)
 # GPT-2's four sizes with a sixth of the layers and heads of 8 instead of 64: n_layer, n_head, n_embd
@@ -218,3 +218,28 @@ def test_impossible_shapes_are_refused(changes):
 def test_too_long_an_input_is_refused():
     with pytest.raises(ValueError, match="17 tokens"):
         small()(torch.zeros(1, 17, dtype=torch.long))
+
+
+def test_attention_in_bfloat16_is_that_of_float32():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 3, 9, 8, requires_grad=True).unbind(0)
+    exact = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    ours = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), 0.0)
+    assert (ours - exact).abs().max() < 0.03
+    gradients = [torch.autograd.grad(y.float().pow(2).sum(), (q, k, v)) for y in (exact, ours)]
+    assert all((a - b).abs().max() < 0.1 for a, b in zip(*gradients))
+    float32 = attend(q, k, v, 0.0)
+    assert (float32 - exact).abs().max() < 1e-5
+    dropped = attend(torch.zeros(1, 1, 400, 8), torch.zeros(1, 1, 400, 8), torch.ones(1, 1, 400, 8), 0.5)
+    assert dropped.mean() == pytest.approx(1, abs=0.05) and dropped.std() > 0.01
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_product_with_one_row_is_the_layers(bias):
+    torch.manual_seed(0)
+    layer = Linear(16, 24, bias=bias).bfloat16()
+    for p in layer.parameters():
+        torch.nn.init.normal_(p)
+    x = torch.randn(1, 1, 16).bfloat16()
+    assert torch.allclose(layer(x).float(), torch.nn.functional.linear(x.float(), layer.weight.float(), layer.bias.float() if bias else None), atol=0.1)
+    assert layer(x).shape == (1, 1, 24) and layer(x.view(16)).shape == (24,)
