@@ -295,6 +295,9 @@ def test_muon_resumes_bitwise_in_any_setting(train, dataset, tmp_path, dtype, pr
     a, b = newest(tmp_path / "a"), newest(tmp_path / "b")
     assert_same_state(a, b)
     train("one", *MUON, f"--dtype={dtype}")
+    train("exact", *MUON)
+    norms = [float(read_log(tmp_path / name)[1]["grad_norm"]) for name in ("exact", "a")]
+    assert norms[1] == pytest.approx(norms[0], rel=0.01)  # of gradients without float16's scale
     assert_agree(read_log(tmp_path / "one"), read_log(tmp_path / "b"), rel=1e-3 if dtype == "float32" else 1e-2)  # Muon works in bfloat16
 
 

@@ -50,6 +50,20 @@ def test_hellaswag_by_hand(run, yes_man, tmp_path):
     assert run.out.startswith("hellaswag: acc_norm 1.0000, acc 0.3333 (3 items")
 
 
+def test_padding_of_the_vocabulary_does_not_count(run, yes_man, tmp_path):
+    """A checkpoint with 50304 ids, one of the padding far likelier than all else, scores as the 50257 alone do."""
+    path = write(tmp_path / "lambada.jsonl", [dict(text="Did he say yes")])
+    expected = evaluate(run, yes_man, path, "--task=lambada")["likelihood"]
+    model, padded = GPT.from_pretrained(str(yes_man)), GPT(GPTConfig(64, 50304, 1, 1, 4))
+    weights = model.state_dict()
+    for name in ("transformer.wte.weight", "lm_head.weight"):
+        weights[name] = torch.cat([weights[name], torch.full((47, 4), 30.0)])
+    (tmp_path / "out").mkdir()
+    torch.save(dict(model=weights, optimizer={"state": {}}, model_args=vars(padded.config), iter_num=1, best_val_loss=1.0, config={}), tmp_path / "out/ckpt.pt")
+    result = run("data/zeroshot.py", f"--out_dir={tmp_path / 'out'}", f"--files={path}", "--task=lambada", "--device=cpu", "--dtype=float32")
+    assert torch.equal(result["likelihood"], expected)
+
+
 def slow(model, before, after):
     """Sum of log-probabilities of `after` given `before`, and whether each token is the likeliest: one token after the other."""
     size, total, best = model.config.n_positions, 0.0, True
