@@ -371,7 +371,10 @@ class GPT(nn.Module):
                       n_head=self.config.n_head, layer_norm_epsilon=1e-5, tie_word_embeddings=True, bos_token_id=end,
                       eos_token_id=end, dtype="float32", **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), self.config.dropout))
         os.makedirs(folder, exist_ok=True)
-        save_file(state, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
+        try:
+            save_file(state, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
+        except Exception as error:  # safetensors' own kind, where others raise an OSError
+            raise ValueError(f"cannot write to {folder!r}: {error}") from None
         with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as file:
             json.dump(config, file, indent=2)
 

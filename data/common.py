@@ -66,6 +66,8 @@ def write_characters(folder, text, train_share=0.9):
     stoi = {character: i for i, character in itos.items()}
     ids = np.array([stoi[character] for character in text])
     cut = int(len(ids) * train_share)
+    if not 0 < cut < len(ids):
+        raise ValueError(f"{len(ids)} characters cannot be shared out: {train_share:.2%} of them train; take more text")
     if not 0 < len(itos) <= 65536:
         raise ValueError(f"the text has {len(itos)} different characters: it takes at least one, and uint16 ids reach for 65536")
     with whole(os.path.join(folder, "meta.pkl")) as scrap, open(scrap, "wb") as file:

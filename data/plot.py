@@ -42,11 +42,11 @@ def draw_losses(folders, path):
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     for number, folder in enumerate(folders):
         log, color = read_log(folder), f"C{number}"
-        name = f"{os.path.basename(os.path.normpath(folder))}: " if len(folders) > 1 else ""
+        name = ", " + os.path.basename(os.path.normpath(folder)).replace("$", r"\$") if len(folders) > 1 else ""
         for key, label, style in (("loss", "batch", dict(alpha=0.3, linewidth=0.8)), ("train_loss", "train", dict(linestyle="--")),
                                   ("val_loss", "val", dict(marker=".", linewidth=1.5))):
             if key in log and (len(folders) == 1 or key == "val_loss"):
-                above.plot(*log[key], color=color, label=f"{name}{label}", **style)
+                above.plot(*log[key], color=color, label=label + name, **style)
         if "lr" in log:
             below.plot(*log["lr"], color=color)
     above.set_ylabel("loss (nats a token)")
@@ -55,10 +55,7 @@ def draw_losses(folders, path):
         above.legend()
     below.set_ylabel("learning rate")
     below.set_xlabel("iteration")
-    try:
-        figure.savefig(path, dpi=120)
-    except ValueError as error:  # another ending
-        raise ValueError(f"cannot draw to {path!r}: {error}") from None
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":
@@ -67,6 +64,8 @@ if __name__ == "__main__":
     configure(globals())
     if not folders:
         raise ValueError("which run? name its out_dir: python data/plot.py out")
+    if to and not to.endswith((".png", ".svg", ".pdf")):
+        raise ValueError(f"to={to!r} must end in .png, .svg or .pdf")
     to = to or os.path.join(folders[0], "loss.png")
     draw_losses(folders, to)
     print(f"wrote {to}")

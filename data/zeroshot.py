@@ -54,6 +54,7 @@ if world_size > 1:
 
 if rank > 0 or not sys.stderr.isatty():
     datasets.disable_progress_bars()
+datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it has to say comes in the error
 try:
     if files:
         items = datasets.load_dataset("json", data_files=files, split="train")
@@ -61,8 +62,9 @@ try:
         name, split = SOURCES[task]
         items = datasets.load_dataset(name, split=split)
 except Exception as error:  # offline, unknown, damaged: many kinds
-    raise ValueError(f"cannot load {files or SOURCES[task][0]!r}: {type(error).__name__}: {str(error).partition(chr(10))[0]}; give "
-                     "local json lines by --files") from None
+    cause = error.__cause__ or error
+    raise ValueError(f"cannot load {files or SOURCES[task][0]!r}: {type(cause).__name__}: {cause} ("
+                     + ("it takes json lines)" if files else "offline? --files takes local json lines)")) from None
 needed = {"hellaswag": {"ctx", "endings", "label"}, "lambada": {"text"}}[task]
 if not needed <= set(items.column_names) or not len(items):
     raise ValueError(f"{task} takes rows with {', '.join(sorted(needed))}; got {len(items)} with {', '.join(items.column_names)}")
@@ -75,12 +77,13 @@ autocast = contextlib.nullcontext() if dtype == "float32" else torch.autocast(de
 encode, _, vocab_size, end = tokenizer(dataset, model.config.vocab_size)
 if end is None:
     raise ValueError(f"the model was trained on characters of {dataset!r}: these tasks take GPT-2's tokens")
-if any(type(value) is not (list if key == "endings" else str) for key in needed - {"label"} for value in items[key]):
-    raise ValueError(f"{task} takes text in {', '.join(sorted(needed - {'label'}))} of each row; here some have none")
+texts = [[item["ctx"], *(item["endings"] or [])] if task == "hellaswag" else [item["text"]] for item in items]
+for number, (item, text) in enumerate(zip(items, texts)):
+    if not all(type(part) is str for part in text) or task == "hellaswag" and (len(text) != 5 or str(item["label"]) not in list("0123")):
+        raise ValueError(f"row {number} is not one of {task}: it needs " + ("a text" if task == "lambada" else "a ctx, four endings, and a "
+                         "label from 0 to 3 (the test split's are not public)"))
 if task == "hellaswag":
     pairs = [(item["ctx"], " " + ending) for item in items for ending in item["endings"]]
-    if len(pairs) != 4 * len(items) or not {str(label) for label in items["label"]} <= set("0123"):
-        raise ValueError("an item of HellaSwag has four endings, and a label from 0 to 3 (the test split's are not public)")
     labels = torch.tensor([int(label) for label in items["label"]])
 else:
     pairs = [(before, " " + word) for before, _, word in (item["text"].strip().rpartition(" ") for item in items)]

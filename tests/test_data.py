@@ -151,7 +151,8 @@ def test_pickles_of_plain_data_pass():
 
 def test_own_text_by_characters(checkout, tmp_path):
     (tmp_path / "notes").mkdir()
-    for name, text in (("b.txt", "zwei ü"), ("notes/2.md", "two"), ("notes/1.md", "one\n")):
+    (tmp_path / "notes/.git").mkdir()
+    for name, text in (("b.txt", "\ufeffzwei ü"), ("notes/2.md", "two"), ("notes/1.md", "one\n"), ("notes/.git/x", "Q"), ("notes/train.bin", "Q")):
         (tmp_path / name).write_text(text, encoding="utf-8")
     result = prepare(checkout, "text", str(tmp_path / "b.txt"), str(tmp_path / "notes"), "--val_share=0.5")
     assert result.returncode == 0, result.stderr
@@ -179,9 +180,13 @@ def test_own_text_in_gpt2s_tokens_is_read_in_pieces_without_a_trace(checkout, do
 
 
 @pytest.mark.parametrize("arguments, named", [([], "which text"), (["nowhere.txt"], "nowhere.txt"), (["{}/x.bin"], "x.bin"),
-                                              (["{}/x.bin", "--tokens=words"], "words"), (["{}/x.bin", "--val_share=1.0"], "val_share")])
+                                              (["{}/x.bin", "--tokens=words"], "words"), (["{}/x.bin", "--val_share=1.0"], "val_share"),
+                                              (["{}/one.txt"], "more text"), (["{}/one.txt", "--tokens=gpt2"], "none to train on"),
+                                              (["{}/spaces.txt", "--tokens=gpt2"], "spaces.txt")])
 def test_text_that_is_none(checkout, tmp_path, arguments, named):
     (tmp_path / "x.bin").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "one.txt").write_text("")
+    (tmp_path / "spaces.txt").write_text("a" + " " * 5_000_000 + "b")
     result = prepare(checkout, "text", *(argument.format(tmp_path) for argument in arguments))
     assert result.returncode == 1 and result.stderr.startswith("error: ") and named in result.stderr and result.stderr.count("\n") == 1
 
@@ -197,6 +202,6 @@ def test_a_picture_of_runs(run, tmp_path, monkeypatch):
     run("data/plot.py", log.parent, log.parent, f"--to={tmp_path}/both.svg")
     assert "<svg" in (tmp_path / "both.svg").read_text()
     log.write_text("iter,loss\n0,none\n")
-    for mistake, named in (([log.parent], "log.csv"), ([tmp_path], "log.csv"), ([], "which run")):
+    for mistake, named in (([log.parent], "log.csv"), ([tmp_path], "log.csv"), ([], "which run"), ([log.parent, "--to=a.eps"], "a.eps")):
         with pytest.raises(ValueError, match=named):
             run("data/plot.py", *mistake)

@@ -98,7 +98,8 @@ def test_processes_share_the_work(run, yes_man, tmp_path):
 
 
 @pytest.mark.parametrize("rows, named", [([dict(words="a")], "ctx, endings, label"), ([dict(ctx="a", endings=["b"] * 4, label="")], "label"),
-                                         ([dict(ctx="a", endings=["b"] * 3, label="0")], "four endings")])
+                                         ([dict(ctx="a", endings=["b"] * n, label="0") for n in (3, 5)], "row 0 .* four endings"),
+                                         ([dict(ctx="a", endings=["b"] * 4, label="0"), dict(ctx="a", endings=["b", None, "c", "d"], label="0")], "row 1")])
 def test_other_files_are_refused(run, yes_man, tmp_path, rows, named):
     with pytest.raises(ValueError, match=named):
         evaluate(run, yes_man, write(tmp_path / "h.jsonl", rows))
