@@ -1,4 +1,4 @@
-# A character model of 0.64M parameters on tiny Shakespeare, for a laptop's CPU, by today's recipe: Muon, and a learning rate
+# A character model of 0.65M parameters on tiny Shakespeare, for a laptop's CPU, by today's recipe: Muon, and a learning rate
 # that falls in a line. Made for CPUs with native bfloat16, in which Muon works.
 #   python data/shakespeare_char/prepare.py && python train.py config/train_shakespeare_char_fast.py
 # 12 rows x 128 tokens x 1500 iterations = 2.3M tokens, 2.3 times the text
