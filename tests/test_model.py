@@ -1,9 +1,14 @@
+import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 import transformers
 
+from conftest import ROOT, finish, spawn
 from model import GPT, GPTConfig, KVCache, Linear, attend, pick
 
 SMALL = dict(block_size=16, vocab_size=61, n_layer=3, n_head=4, n_embd=32)
@@ -243,3 +248,21 @@ def test_the_product_with_one_row_is_the_layers(bias):
     x = torch.randn(1, 1, 16).bfloat16()
     assert torch.allclose(layer(x).float(), torch.nn.functional.linear(x.float(), layer.weight.float(), layer.bias.float() if bias else None), atol=0.1)
     assert layer(x).shape == (1, 1, 24) and layer(x.view(16)).shape == (24,)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
+@pytest.mark.parametrize("switch", ["1", "0"])
+def test_memory_of_large_tensors_is_kept_and_used_again(switch):
+    code = ("import resource, torch, model; model.setup_device('cpu', 'float32', False); faults = []\n"
+            "for _ in range(5): torch.ones(2 ** 24); faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)\n"
+            "print(faults[4] - faults[1])")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=dict(os.environ, THP_MEM_ALLOC_ENABLE=switch), capture_output=True, text=True)
+    assert (int(done.stdout) < 50) == (switch == "1"), done.stdout + done.stderr  # of three times 32 pages of 2 MiB, or 16,384 of 4 KiB
+
+
+def test_bench_compares_and_ends_with_json():
+    out, _ = finish(spawn("bench.py", *"--n_layer=1 --n_head=1 --n_embd=16 --vocab_size=65 --block_size=16 --batch_size=2 --steps=2 --tokens=4".split(),
+                          "--tokenize_mb=1", "--compare=True", "--device=cpu"))
+    results = json.loads(out.splitlines()[-1])
+    assert all(results[key] > 0 for key in ("train_ours_ms", "train_plain_ms", "sample_ours_ms", "sample_transformers_ms", "train_share_of_product"))
+    assert "ours is" in out and "MB/s" in out
