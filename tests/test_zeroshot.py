@@ -94,7 +94,8 @@ def test_processes_share_the_work(run, yes_man, tmp_path):
     path = write(tmp_path / "lambada.jsonl", [dict(text=f"He said {word} {answer}") for word in ("so", "then", "later on") for answer in ("yes", "no", "perhaps")])
     evaluate(run, yes_man, path, "--task=lambada")
     out, _ = finish(spawn("data/zeroshot.py", "--task=lambada", f"--init_from={yes_man}", f"--files={path}", "--device=cpu", "--dtype=float32", processes=2))
-    assert re.match(r"lambada: .*\(9 items", out)[0] == re.match(r"lambada: .*\(9 items", run.out)[0] and out.count("lambada") == 1
+    result = re.findall(r"lambada: .*\(9 items", out)  # among what gloo says of itself
+    assert result == re.findall(r"lambada: .*\(9 items", run.out) and len(result) == 1
 
 
 @pytest.mark.parametrize("rows, named", [([dict(words="a")], "ctx, endings, label"), ([dict(ctx="a", endings=["b"] * 4, label="")], "label"),
