@@ -442,8 +442,9 @@ def setup_device(device, dtype, compile, deterministic=False):
     torch.set_flush_denormal(True)  # CPUs take tens of times as long over numbers below 1e-38
     if kind == "cpu" and sys.platform == "linux" and os.environ["THP_MEM_ALLOC_ENABLE"] == "1":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: None)  # glibc's
-        # large tensors come from the heap, and it keeps what they free: to take their pages anew in each step is a tenth of it
-        mallopt(-4, 0)  # M_MMAP_MAX
+        # tensors below 64 MiB come from the heap, and it keeps what they free: to take their pages anew in each step costs a
+        # tenth of it. note: with larger ones there too, the heap falls into fragments, half as much again at 4 x 1024 tokens
+        mallopt(-3, 2 ** 26)  # M_MMAP_THRESHOLD
         mallopt(-1, -1)  # M_TRIM_THRESHOLD
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
