@@ -31,12 +31,12 @@ configure(globals())
 
 def tokenize(batch, rank, folder):
     """Appends the ids of a batch of documents, each ended by end-of-text, to the file of process `rank`."""
-    bpe = gpt2_bpe()
+    bpe, ids = gpt2_bpe(), []
+    for text in batch["text"]:
+        # what encode_ordinary returns, without a list of Python integers
+        ids += [bpe.encode_to_numpy(text or "", allowed_special=set(), disallowed_special=()), [bpe.eot_token]]
     with open(os.path.join(folder, f"{rank or 0:05}"), "ab") as file:
-        for text in batch["text"]:
-            # what encode_ordinary returns, without a list of Python integers
-            ids = bpe.encode_to_numpy(text or "", allowed_special=set(), disallowed_special=())
-            file.write(np.append(ids, bpe.eot_token).astype("<u2").tobytes())
+        np.concatenate(ids, dtype="<u2", casting="unsafe").tofile(file)
 
 
 if __name__ == "__main__":  # where processes are spawned, not forked, each imports this file
@@ -51,7 +51,7 @@ if __name__ == "__main__":  # where processes are spawned, not forked, each impo
             raise ValueError(f"files={files!r} must end in .json, .jsonl, .parquet or .txt")
         try:
             whole_files = dict(sample_by="document") if kind == "text" else {}
-            documents = datasets.load_dataset(kind, data_files=files, split="train", **whole_files)
+            documents = datasets.load_dataset(kind, data_files=files, split="train", num_proc=num_proc, **whole_files)
         except Exception as error:  # a damaged file can raise anything
             raise ValueError(f"cannot read files={files!r}: {type(error).__name__}: {error}") from None
     else:
