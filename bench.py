@@ -6,8 +6,8 @@ Measures a training step, sampling and tokenizing on this machine; ends with one
     python bench.py --profile=True                                     and a trace for chrome://tracing or Perfetto
 
 `compare` alternates with the plain way in the same run: a float32 step with unfused AdamW (on CUDA: in `dtype`, fused), all
-logits returned, in a process with torch's own handling of memory; sampling that reads everything again for each token; transformers, if installed. Quote its ratios: times
-on a shared machine drift.
+logits returned, in a process with torch's own handling of memory; sampling that reads everything again for each token;
+transformers, if installed. Quote its ratios: times on a shared machine drift.
 """
 
 import contextlib
@@ -141,8 +141,10 @@ def main():
         child = spawn.Process(target=plain_steps, args=(end,), daemon=True)
         child.start()  # now: on Linux a process begins with its parent's peak
 
-    a = torch.randn(2048, 2048, device=device, dtype=half)
-    rate = 2 * 2048 ** 3 / alternate({"product": lambda: torch.mm(a, a)}, 10, 3)["product"]
+    size = 8192 if on_cuda else 2048  # a GPU takes less for 2048 than for being asked
+    a = torch.randn(size, size, device=device, dtype=half)
+    rate = 2 * size ** 3 / alternate({"product": lambda: torch.mm(a, a)}, 10, 3)["product"]
+    del a
     print(f"{results['device']}, {dtype}, matrix product {rate / 1e9:,.0f} GFLOP/s", flush=True)
 
     variants = {"ours": train_step()}
@@ -156,14 +158,17 @@ def main():
         variants["plain"] = lambda: pipe.send(True) or pipe.recv()
     medians = alternate(variants, steps, 3)
     show("train", medians, batch_size * block_size, "tokens/s")
-    with torch.device("meta"):
-        flops = GPT(shape).flops_per_token() * batch_size * block_size / medians["ours"]
+    torch.manual_seed(0)
+    model = GPT(shape).eval().to(device, half)
+    flops = model.flops_per_token() * batch_size * block_size / medians["ours"]
+    results["mfu"] = model.estimate_mfu(batch_size, medians["ours"])
     if compare:
         results["train_plain_gib"] = variants["plain"]()
         child.terminate()
     results["train_share_of_product"] = round(flops / rate, 4)
-    print(f"           {flops / 1e9:,.0f} GFLOP/s, {flops / rate:.1%} of the matrix product"
-          f", {results['train_ours_gib']} GiB at most" + (f", plain {results['train_plain_gib']}" if compare else ""))
+    mfu = f", mfu {results['mfu']:.1%}" if results["mfu"] else ""
+    plain = f", plain {results['train_plain_gib']}" if compare else ""
+    print(f"           {flops / 1e9:,.0f} GFLOP/s, {flops / rate:.1%} of the matrix product{mfu}, {results['train_ours_gib']} GiB at most{plain}")
     if profile:
         with torch.profiler.profile() as trace:
             for _ in range(3):
@@ -171,8 +176,6 @@ def main():
         trace.export_chrome_trace("trace.json")
     del variants
 
-    torch.manual_seed(0)
-    model = GPT(shape).eval().to(device, half)
     prompt = torch.randint(vocab_size, (1, 8), device=device).expand(num_samples, -1)
 
     @torch.no_grad()
@@ -184,12 +187,14 @@ def main():
     variants = {"ours": lambda: model.generate(prompt, tokens, 0.8, 200)}
     if compare:
         variants["no cache"] = plainly
-        with contextlib.suppress(ImportError, IndexError):  # it reads no further than its positions
+    if compare and prompt.size(1) + tokens <= block_size:  # theirs reads no further than its positions
+        with contextlib.suppress(ImportError):
             import transformers
             theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-                vocab_size=vocab_size, n_positions=block_size, n_embd=n_embd, n_layer=n_layer, n_head=n_head, bos_token_id=None, eos_token_id=None)).eval().to(device)
-            variants["transformers"] = lambda: theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, do_sample=True,
-                                                               temperature=0.8, top_k=200)
+                vocab_size=vocab_size, n_positions=block_size, n_embd=n_embd, n_layer=n_layer, n_head=n_head,
+                bos_token_id=None, eos_token_id=None)).eval().to(device)
+            variants["transformers"] = lambda: theirs.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=True,
+                                                               max_new_tokens=tokens, temperature=0.8, top_k=200)
     if tokens:
         show("sample", alternate(variants, 3, 1), tokens * num_samples, "tokens/s")
 
