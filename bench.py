@@ -89,10 +89,7 @@ def train_step(plain=False, deterministic=False):
     """A function that makes one update, as train.py does, or the plain way."""
     torch.manual_seed(0)
     model = GPT(shape).to(device)
-    optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), device_type)
-    if plain and not on_cuda:
-        groups = [{key: group[key] for key in ("params", "weight_decay")} for group in optimizer.param_groups]  # not their `fused`
-        optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95))
+    optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), "" if plain and not on_cuda else device_type)  # "": unfused
     lower = contextlib.nullcontext() if dtype == "float32" or (plain and not on_cuda) else torch.autocast(device_type, dtype=half)
     run = torch.compile(model) if compile and (on_cuda or not plain) else model
     ids = torch.randint(vocab_size, (batch_size, block_size + 1), device=device)

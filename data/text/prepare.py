@@ -83,6 +83,5 @@ with whole(train) as train_scrap, whole(val) as val_scrap:
         raise ValueError(f"of {total} tokens, val_share={val_share} leaves none to train on: take more text, or a smaller share")
     np.memmap(train_scrap, "<u2", "r")[cut:].tofile(val_scrap)
     os.truncate(train_scrap, 2 * cut)
-if os.path.exists(os.path.join(out_dir, "meta.pkl")):
-    os.remove(os.path.join(out_dir, "meta.pkl"))  # of characters, before
+Path(out_dir, "meta.pkl").unlink(missing_ok=True)  # of characters, before
 print(f"{len(files)} files; train.bin {cut:,} tokens, val.bin {total - cut:,}")
