@@ -53,6 +53,9 @@ device, dtype, compile = setup_device(device, dtype, compile)
 device_type = device.split(":")[0]
 on_cuda = device_type == "cuda"
 half = getattr(torch, dtype)
+if on_cuda:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for the deterministic step, but read at the first product
+    torch.utils.deterministic.fill_uninitialized_memory = False
 results = dict(config, device=torch.cuda.get_device_name(device) if on_cuda else device, dtype=dtype, compile=compile, torch=torch.__version__)
 shape = GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, 0.0, bias)
 
@@ -91,7 +94,11 @@ def train_step(plain=False, deterministic=False):
     model = GPT(shape).to(device)
     optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), "" if plain and not on_cuda else device_type)  # "": unfused
     lower = contextlib.nullcontext() if dtype == "float32" or (plain and not on_cuda) else torch.autocast(device_type, dtype=half)
-    run = torch.compile(model) if compile and (on_cuda or not plain) else model
+    options = {}
+    if deterministic:
+        from torch._inductor import config as inductor
+        options = {"deterministic": True} if hasattr(inductor, "deterministic") else {}  # from torch 2.10 on
+    run = torch.compile(model, options=options) if compile and (on_cuda or not plain) else model
     ids = torch.randint(vocab_size, (batch_size, block_size + 1), device=device)
     x, y = ids[:, :-1], ids[:, 1:]
 
@@ -149,7 +156,6 @@ def main():
         variants["ours"]()
     results["train_ours_gib"] = peak()
     if on_cuda:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         variants["deterministic"] = train_step(deterministic=True)
     if compare:
         variants["plain"] = lambda: pipe.send(True) or pipe.recv()
@@ -173,6 +179,7 @@ def main():
         trace.export_chrome_trace("trace.json")
     del variants
 
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as in sample.py
     prompt = torch.randint(vocab_size, (1, 8), device=device).expand(num_samples, -1)
 
     @torch.no_grad()

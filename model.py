@@ -444,7 +444,7 @@ def setup_device(device, dtype, compile, deterministic=False):
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
         from torch._inductor import config as inductor
-        if hasattr(inductor, "deterministic"):  # torch 2.10
+        if hasattr(inductor, "deterministic"):  # from torch 2.10 on
             inductor.deterministic = True  # its autotuning would choose kernels by the clock
     return device, dtype, compile
 

@@ -31,7 +31,7 @@ export = ''  # a folder: write the model there in Hugging Face's format, and end
 # machine
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto'  # 'bfloat16' where native, 'float16', 'float32'
-compile = False  # True pays for very long texts only
+compile = False  # True pays for very long texts only, and compiles once more when the context is full
 
 config = configure(globals())
 
@@ -43,6 +43,7 @@ for key, least, most in (("num_samples", 1, 1e5), ("max_new_tokens", 1, 1e9), ("
 # ---- model ----
 
 device, dtype, compile = setup_device(device, dtype, compile)
+torch.backends.cuda.enable_cudnn_sdp(False)  # on Hopper GPUs it would compile attention anew for each length of the text
 model, dataset = load_model(init_from, out_dir)
 encode, decode, vocab_limit, end = tokenizer(dataset, model.config.vocab_size)
 if export:

@@ -246,6 +246,10 @@ def wrap(module):
     return DDP(module, gradient_as_bucket_view=True, find_unused_parameters=deterministic) if world_size > 1 else module
 
 
+if dropout > 0:
+    torch.backends.cuda.enable_cudnn_sdp(False)  # on Hopper GPUs it may round dropout to sixteenths
+    if compile:
+        torch._dynamo.config.optimize_ddp = False  # its parts of the graph would draw other masks than the whole in one process
 compiled = torch.compile(model) if compile else model
 wrapped = wrap(compiled)  # `model` stays the bare one, which is saved
 if compile:  # the first passes compile: they are tried here, on a batch that counts for nothing

@@ -71,6 +71,7 @@ if not needed <= set(items.column_names) or not len(items):
 items = items.select(range(min(limit or len(items), len(items))))
 
 device, dtype, _ = setup_device(device, dtype, False)
+torch.backends.cuda.enable_cudnn_sdp(False)  # on Hopper GPUs it would compile attention anew for each length of a batch
 model, dataset = load_model(init_from, out_dir)
 model.eval().to(device)
 autocast = contextlib.nullcontext() if dtype == "float32" else torch.autocast(device.split(":")[0], dtype=getattr(torch, dtype))  # as in training

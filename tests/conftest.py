@@ -20,10 +20,12 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # so that runs in this process, forked and spawned ones are alike; and a process with threads can't be forked
-os.environ.update(OMP_NUM_THREADS="1", WANDB_MODE="offline", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-
+os.environ.update(OMP_NUM_THREADS="1", WANDB_MODE="offline", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false",
+                  PYTORCH_NVML_BASED_CUDA_CHECK="1")  # so that asking for a GPU doesn't start CUDA
 os.environ["HF_HOME"] = tempfile.mkdtemp()
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
+HAS_GPU, ON_GPU = torch.cuda.is_available(), dict(os.environ)  # for the tests that want one
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for the others: with a GPU in sight autograd starts threads, and forks can't train
 sys.modules["matplotlib"] = None  # not installed, for runs in this process and its forks: a picture for each would take minutes
 
 TINY = ("--n_layer=2 --n_head=2 --n_embd=16 --block_size=8 --batch_size=3 --gradient_accumulation_steps=4 --max_iters=8 --eval_interval=3 "

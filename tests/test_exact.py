@@ -13,7 +13,7 @@ import time
 import kill
 import pytest
 import torch
-from conftest import ROOT, TINY, assert_same_state, finish, newest, read_log, spawn, world
+from conftest import HAS_GPU, ON_GPU, ROOT, TINY, assert_same_state, finish, newest, read_log, spawn, world
 
 from model import GPT, load_checkpoint
 
@@ -319,11 +319,11 @@ def test_golden_losses(train, tmp_path):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.skipif(not HAS_GPU, reason="no CUDA GPU")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_cuda_resumes_bitwise(dataset, tmp_path, dtype):
     options = [*TINY, f"--dataset={dataset}", "--device=cuda", f"--dtype={dtype}", "--deterministic=True", "--dropout=0.1"]
-    finish(spawn("train.py", *options, f"--out_dir={tmp_path / 'a'}"))
-    finish(spawn("train.py", *options, f"--out_dir={tmp_path / 'b'}", "--max_iters=5"))
-    finish(spawn("train.py", *options, f"--out_dir={tmp_path / 'b'}", "--init_from=resume"))
+    finish(spawn("train.py", *options, f"--out_dir={tmp_path / 'a'}", env=ON_GPU))
+    finish(spawn("train.py", *options, f"--out_dir={tmp_path / 'b'}", "--max_iters=5", env=ON_GPU))
+    finish(spawn("train.py", *options, f"--out_dir={tmp_path / 'b'}", "--init_from=resume", env=ON_GPU))
     assert_same_state(newest(tmp_path / "a"), newest(tmp_path / "b"))

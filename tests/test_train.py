@@ -340,9 +340,8 @@ BAD = {  # arguments -> what the error names
     "--dataset=nowhere": "shakespeare_char", "--init_from=resume": "ckpt.pt", "--backend=mpi": "'mpi'", "--seed=-1": "seed=-1",
     "--block_size=1000000": "train.bin", "--learning_rate=-1.0": "learning_rate", "--eval_interval=0": "eval_interval", "--eval_iters=-1": "eval_iters",
     "--optimizer_type=sgd": "'sgd'", "--lr_schedule=step": "'step'", "--decay_share=-0.5": "decay_share", "--muon_scale=-1.0": "muon_scale",
+    "--device=cuda": "no CUDA GPU",
 }
-if not torch.cuda.is_available():
-    BAD["--device=cuda"] = "no CUDA GPU"
 
 
 @pytest.mark.parametrize("argument", BAD)
