@@ -227,7 +227,7 @@ if checkpoint:
         load_optimizer(optimizer, checkpoint.get(name))
     scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())
     for key, old in checkpoint["config"].items():
-        if master and key in config and config[key] != old and key not in ("init_from", "device", "compile", "backend"):
+        if master and key in config and config[key] != old and key not in ("init_from", "eval_only", "device", "compile", "backend"):
             print(f"note: {key} was {old!r}, and is {config[key]!r} from here on")
     checkpoint = None  # frees it
 
