@@ -1,29 +1,36 @@
 """
-Measures a training step, sampling and tokenizing on this machine; ends with one line of JSON.
+Measures a training step, sampling and tokenizing on this machine.
 
-    python bench.py                                                    GPT-2 (124M), as in training
-    python bench.py --n_layer=6 --n_head=6 --n_embd=384 --block_size=256 --batch_size=8 --vocab_size=65 --compare=True
-    python bench.py --profile=True                                     and a trace for chrome://tracing or Perfetto
+    python bench.py                                      GPT-2 (124M)
+    python bench.py --n_layer=6 --n_head=6 --n_embd=384 --block_size=256 --compare=True
 
-`compare` alternates with the plain way in the same run: a float32 step with unfused AdamW (on CUDA: in `dtype`, fused), all
-logits returned, in a process with torch's own handling of memory; sampling that reads everything again for each token;
-transformers, if installed. Quote its ratios: times on a shared machine drift.
+With `compare`, baselines take turns with our variants. Training: unfused AdamW, all logits
+returned, float32 on a CPU. Sampling: a full forward pass for each token, and transformers. Quote
+the ratios of medians: times drift on a shared machine.
+
+The last line is JSON: the settings, torch, gpu, matmul_tflops, train_tflops, mfu (null if the peak
+is unknown) and, for each measurement, PART_VARIANT_ms (the median), PART_VARIANT_rate (tokens or
+megabytes per second) and PART_VARIANT_ratio (its time / our time). PART is train, sample or
+tokenize; VARIANT is ours, baseline, transformers, or deterministic (a training step on CUDA).
+train_ours_gib is the peak memory of our training step on CUDA.
 """
 
 import contextlib
+import importlib.util
 import json
-import multiprocessing
+import math
 import os
 import statistics
-import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+import runtime
 from configurator import configure
 from data.common import gpt2_bpe
-from model import GPT, GPTConfig, setup_device
+from model import GPT, GPTConfig
 
 # model
 n_layer = 12
@@ -32,184 +39,199 @@ n_embd = 768
 block_size = 1024
 vocab_size = 50304
 bias = False
+optimizer_type = 'adamw'  # 'muon': Muon for the matrices of the blocks, AdamW for the rest
 # measurement
-batch_size = 12  # rows in a training step
-steps = 10  # timed training steps of each kind, after 3 that are not
-tokens = 100  # sampled by each sample; 0: no sampling
-num_samples = 1  # at once
-tokenize_mb = 10  # megabytes of text to tokenize; 0: none
-compare = False  # with the plain way, and transformers
-profile = False  # writes trace.json, of three training steps
+batch_size = 12  # sequences in a training step
+steps = 10  # timed training steps, after 3 for warm-up
+tokens = 100  # per sample; 0: no sampling
+num_samples = 1  # drawn in one batch
+tokenize_mb = 10  # megabytes of text to tokenize, roughly; 0: none
+compare = False  # measure baselines as well
+profile = False  # write trace.json, three training steps for Perfetto or chrome://tracing
 # machine
-device = 'auto'
-dtype = 'auto'
-compile = 'auto'
+device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'
+dtype = 'auto'  # 'bfloat16' where it is native, 'float16', 'float32'
+compile = 'auto'  # True, False; 'auto': on CUDA
 
-config = configure(globals())
+results = configure(globals())
 
-if min(steps, batch_size, num_samples) < 1 or min(tokens, tokenize_mb) < 0:
-    raise ValueError(f"{steps=}, {batch_size=} and {num_samples=} must be at least 1, {tokens=} and {tokenize_mb=} at least 0")
-device, dtype, compile = setup_device(device, dtype, compile)
+for key in ("steps", "batch_size", "num_samples", "tokens", "tokenize_mb"):
+    minimum = 0 if key in ("tokens", "tokenize_mb") else 1
+    if results[key] < minimum:
+        raise ValueError(f"{key}={results[key]} must be at least {minimum}")
+if optimizer_type not in ("adamw", "muon"):
+    raise ValueError(f"optimizer_type={optimizer_type!r} is none of 'adamw', 'muon'")
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for the deterministic step
+device, dtype, compile = runtime.setup_device(device, dtype, compile)
 device_type = device.split(":")[0]
 on_cuda = device_type == "cuda"
-half = getattr(torch, dtype)
-if on_cuda:
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for the deterministic step, but read at the first product
-    torch.utils.deterministic.fill_uninitialized_memory = False
-results = dict(config, device=torch.cuda.get_device_name(device) if on_cuda else device, dtype=dtype, compile=compile, torch=torch.__version__)
-shape = GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, 0.0, bias)
+autocast = runtime.make_autocast(device, dtype)
+amp_dtype = getattr(torch, dtype)
+gpu = torch.cuda.get_device_name(device) if on_cuda else None
+results.update(device=device, dtype=dtype, compile=compile, torch=torch.__version__, gpu=gpu)
+model_config = GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, 0.0, bias)
+ids = torch.randint(vocab_size, (batch_size, block_size + 1), device=device)
+x, y = ids[:, :-1], ids[:, 1:]  # (B, T)
 
 
-def seconds(function):
-    """How long `function` takes, to the device's end of it."""
-    begin = time.perf_counter()
-    function()
-    if on_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin
+def median_times(variants, rounds, warm_up):
+    """{name: median seconds} of functions {name: function}, called in turn."""
+    times = {name: [] for name in variants}
+    for _ in range(warm_up + rounds):
+        for name, function in variants.items():
+            runtime.synchronize(device)
+            t0 = time.perf_counter()
+            function()
+            runtime.synchronize(device)
+            times[name].append(time.perf_counter() - t0)
+    return {name: statistics.median(times[name][warm_up:]) for name in variants}
 
 
-def alternate(functions, rounds, warm_up):
-    """{name: median seconds} of functions called in turn."""
-    times = {name: [] for name in functions}
-    for i in range(rounds + warm_up):
-        for name, function in functions.items():
-            time.sleep(0.05)  # until the threads of the one before, perhaps of another process, have ceased to spin
-            times[name].append(seconds(function))
-    return {name: statistics.median(values[warm_up:]) for name, values in times.items()}
+def report(part, medians, amount, unit):
+    """Prints a line of the table for each variant, and adds its figures to the results."""
+    for name, seconds in medians.items():
+        rate, ratio = amount / seconds, seconds / medians["ours"]
+        line = f"{part:9} {name:14} {seconds * 1000:10.1f} ms {rate:14,.1f} {unit}"
+        if name != "ours":
+            line += f", ours is {ratio:.2f} x as fast"
+        print(line, flush=True)
+        results[f"{part}_{name}_ms"] = round(seconds * 1000, 3)
+        results[f"{part}_{name}_rate"] = round(rate, 1)
+        results[f"{part}_{name}_ratio"] = round(ratio, 3)
 
 
-def show(title, medians, amount, unit):
-    """Prints a row for each variant: time, rate, and its ratio to the first one's."""
-    first = next(iter(medians))
-    for name, median in medians.items():
-        ratio = "" if name == first else f"   {first} is {median / medians[first]:.2f} x as fast"
-        print(f"{title:10} {name:14} {median * 1000:10.1f} ms {amount / median:14,.1f} {unit}{ratio}", flush=True)
-        results[f"{title}_{name}_ms"] = round(median * 1000, 3)
+# ---- training ----
 
 
-def train_step(plain=False, deterministic=False):
-    """A function that makes one update, as train.py does, or the plain way."""
-    torch.manual_seed(0)
-    model = GPT(shape).to(device)
-    optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), "" if plain and not on_cuda else device_type)  # "": unfused
-    lower = contextlib.nullcontext() if dtype == "float32" or (plain and not on_cuda) else torch.autocast(device_type, dtype=half)
+def make_step(deterministic=False):
+    """A function that makes one update as train.py does, with a single micro-step."""
+    model = GPT(model_config).to(device)
+    optimizers = [model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), device_type, optimizer_type)]
+    if optimizer_type == "muon":
+        optimizers.append(model.configure_muon(0.1, 2e-4))
+    scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
     options = {}
-    if deterministic:
-        from torch._inductor import config as inductor
-        options = {"deterministic": True} if hasattr(inductor, "deterministic") else {}  # from torch 2.10 on
-    run = torch.compile(model, options=options) if compile and (on_cuda or not plain) else model
-    ids = torch.randint(vocab_size, (batch_size, block_size + 1), device=device)
-    x, y = ids[:, :-1], ids[:, 1:]
+    if compile and deterministic:
+        from torch._inductor import config as inductor_config
+        if hasattr(inductor_config, "deterministic"):  # torch 2.10 and later
+            options["deterministic"] = True
+    compiled_model = torch.compile(model, options=options) if compile else model
 
     def step():
         torch.use_deterministic_algorithms(deterministic)
-        with lower:
-            loss = F.cross_entropy(run(x)[0].view(-1, vocab_size), y.reshape(-1)) if plain else run(x, y)[1]
-        loss.backward()
-        if plain:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-        else:
-            norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
-            if torch.isfinite(loss.detach() + norm):
-                if norm > 1:
-                    torch.nn.utils.clip_grads_with_norm_(model.parameters(), 1.0, norm)
-                optimizer.step()
-        optimizer.zero_grad()
+        with autocast:
+            loss = compiled_model(x, y)[1]
+        scaler.scale(loss).backward()
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+        total_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        loss, grad_norm = torch.stack([loss.detach(), total_norm]).tolist()
+        if math.isfinite(loss + grad_norm):
+            if grad_norm > 1:
+                torch.nn.utils.clip_grads_with_norm_(model.parameters(), 1.0, total_norm)
+            for optimizer in optimizers:
+                scaler.step(optimizer)
+        scaler.update()
+        model.zero_grad()
         torch.use_deterministic_algorithms(False)
     return step
 
 
-def peak():
-    """The most memory that this process has held so far, in GiB: of the GPU's, or of RAM."""
-    if on_cuda:
-        return round(torch.cuda.max_memory_allocated() / 2 ** 30, 2)
-    import resource  # here: Windows has none
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20), 2)
+def make_baseline_step():
+    """A function that makes one update of a plain training script."""
+    model = GPT(model_config).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1)
+    compiled_model = torch.compile(model) if compile else model
+
+    def step():
+        with autocast if on_cuda else contextlib.nullcontext():
+            logits = compiled_model(x)[0]  # (B, T, V)
+            loss = F.cross_entropy(logits.view(-1, vocab_size), y.reshape(-1))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return step
 
 
-def plain_steps(pipe):
-    """Makes a plain step whenever `pipe` asks for one, and answers with its memory: the other process of `compare`."""
-    step = train_step(plain=True)
-    while pipe.recv():
-        seconds(step)
-        pipe.send(peak())
+size = 1024 if device == "cpu" else 8192
+matrix = torch.randn(size, size, device=device, dtype=amp_dtype)
+matmul_seconds = median_times({"matmul": lambda: torch.mm(matrix, matrix)}, 10, 3)["matmul"]
+matrix = None  # frees it
+matmul_tflops = 2 * size**3 / matmul_seconds / 1e12
+print(f"{gpu or device}, {dtype}, matrix product {matmul_tflops:.2f} TFLOP/s", flush=True)
 
-
-def main():
-    if compare:
-        os.environ["THP_MEM_ALLOC_ENABLE"] = "0"  # for the child, see setup_device
-        spawn = multiprocessing.get_context("spawn")
-        pipe, end = spawn.Pipe()
-        child = spawn.Process(target=plain_steps, args=(end,), daemon=True)
-        child.start()  # now: on Linux a process begins with its parent's peak
-
-    size = 8192 if on_cuda else 2048  # a GPU takes less for 2048 than for being asked
-    a = torch.randn(size, size, device=device, dtype=half)
-    rate = 2 * size ** 3 / alternate({"product": lambda: torch.mm(a, a)}, 10, 3)["product"]
-    del a
-    print(f"{results['device']}, {dtype}, matrix product {rate / 1e9:,.0f} GFLOP/s", flush=True)
-
-    variants = {"ours": train_step()}
-    for _ in range(2):  # the optimizer's state comes in the first step, and counts from the second on
+variants = {"ours": make_step()}
+if on_cuda:
+    for _ in range(2):  # the first one allocates the optimizer's state
+        torch.cuda.reset_peak_memory_stats()
         variants["ours"]()
-    results["train_ours_gib"] = peak()
-    if on_cuda:
-        variants["deterministic"] = train_step(deterministic=True)
+    results["train_ours_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    print(f"memory    ours {results['train_ours_gib']} GiB", flush=True)
+    variants["deterministic"] = make_step(deterministic=True)
+if compare:
+    variants["baseline"] = make_baseline_step()
+times = median_times(variants, steps, 3)
+report("train", times, batch_size * block_size, "tokens/s")
+if profile:
+    with torch.profiler.profile() as trace:
+        for _ in range(3):
+            variants["ours"]()
+    trace.export_chrome_trace("trace.json")
+variants = None  # frees the models
+
+model = GPT(model_config).eval().to(device, amp_dtype)
+train_tflops = model.flops_per_token() * batch_size * block_size / times["ours"] / 1e12
+mfu = model.estimate_mfu(batch_size, times["ours"])
+results.update(matmul_tflops=matmul_tflops, train_tflops=train_tflops, mfu=mfu)
+print(f"train     {train_tflops:.2f} TFLOP/s, {train_tflops / matmul_tflops:.0%} of the product's, "
+      f"mfu {mfu}", flush=True)
+
+# ---- sampling ----
+
+torch.backends.cuda.enable_cudnn_sdp(False)  # as in sample.py
+prompt = torch.randint(vocab_size, (1, 8), device=device).expand(num_samples, -1)  # (B, T)
+
+
+def sample():
+    model.generate(prompt, tokens, temperature=0.8, top_k=200)
+
+
+@torch.no_grad()
+def sample_without_cache():
+    sequences = prompt
+    for _ in range(tokens):
+        logits = model(sequences[:, -block_size:])[0][:, -1]  # (B, V)
+        sequences = torch.cat([sequences, logits.argmax(-1, keepdim=True)], dim=1)
+
+
+def sample_with_transformers():
+    their_model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens,
+                         do_sample=True, temperature=0.8, top_k=200)
+
+
+if tokens > 0:
+    variants = {"ours": sample}
     if compare:
-        variants["plain"] = lambda: pipe.send(True) or pipe.recv()
-    medians = alternate(variants, steps, 3)
-    show("train", medians, batch_size * block_size, "tokens/s")
-    torch.manual_seed(0)
-    model = GPT(shape).eval().to(device, half)
-    flops = model.flops_per_token() * batch_size * block_size / medians["ours"]
-    results["mfu"] = model.estimate_mfu(batch_size, medians["ours"])
-    if compare:
-        results["train_plain_gib"] = variants["plain"]()
-        child.terminate()
-    results["train_share_of_product"] = round(flops / rate, 4)
-    mfu = f", mfu {results['mfu']:.1%}" if results["mfu"] else ""
-    plain = f", plain {results['train_plain_gib']}" if compare else ""
-    print(f"           {flops / 1e9:,.0f} GFLOP/s, {flops / rate:.1%} of the matrix product{mfu}, {results['train_ours_gib']} GiB at most{plain}")
-    if profile:
-        with torch.profiler.profile() as trace:
-            for _ in range(3):
-                variants["ours"]()
-        trace.export_chrome_trace("trace.json")
-    del variants
+        variants["baseline"] = sample_without_cache
+    fits_context = prompt.size(1) + tokens <= block_size
+    if compare and fits_context and importlib.util.find_spec("transformers"):
+        import transformers
+        their_config = transformers.GPT2Config(
+            vocab_size=vocab_size, n_positions=block_size, n_embd=n_embd, n_layer=n_layer,
+            n_head=n_head, bos_token_id=None, eos_token_id=None)
+        their_model = transformers.GPT2LMHeadModel(their_config).eval().to(device, amp_dtype)
+        variants["transformers"] = sample_with_transformers
+    report("sample", median_times(variants, 3, 1), num_samples * tokens, "tokens/s")
 
-    torch.backends.cuda.enable_cudnn_sdp(False)  # as in sample.py
-    prompt = torch.randint(vocab_size, (1, 8), device=device).expand(num_samples, -1)
+# ---- tokenizing ----
 
-    @torch.no_grad()
-    def plainly():
-        ids = prompt
-        for _ in range(tokens):
-            ids = torch.cat([ids, model(ids[:, -block_size:])[0][:, -1:].argmax(-1)], dim=1)
+if tokenize_mb > 0:
+    bpe = gpt2_bpe()
+    path = Path(__file__).parent / "data" / "tinyshakespeare.txt"
+    text = path.read_text(encoding="utf-8") * tokenize_mb  # 1.1 MB each
+    times = median_times({"ours": lambda: bpe.encode_ordinary(text)}, 3, 1)
+    report("tokenize", times, len(text) / 1e6, "MB/s")
 
-    variants = {"ours": lambda: model.generate(prompt, tokens, 0.8, 200)}
-    if compare:
-        variants["no cache"] = plainly
-    if compare and prompt.size(1) + tokens <= block_size:  # theirs reads no further than its positions
-        with contextlib.suppress(ImportError):
-            import transformers
-            theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-                vocab_size=vocab_size, n_positions=block_size, n_embd=n_embd, n_layer=n_layer, n_head=n_head,
-                bos_token_id=None, eos_token_id=None)).eval().to(device)
-            variants["transformers"] = lambda: theirs.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=True,
-                                                               max_new_tokens=tokens, temperature=0.8, top_k=200)
-    if tokens:
-        show("sample", alternate(variants, 3, 1), tokens * num_samples, "tokens/s")
-
-    if tokenize_mb:
-        bpe = gpt2_bpe()
-        with open(__file__, encoding="utf-8") as file:
-            text = file.read()
-        text *= tokenize_mb * 10 ** 6 // len(text) + 1
-        show("tokenize", alternate({"one thread": lambda: bpe.encode_ordinary(text)}, 3, 1), len(text) / 1e6, "MB/s")
-    print(json.dumps(results))
-
-
-if __name__ == "__main__":
-    main()
+print(json.dumps(results))

@@ -1,122 +1,180 @@
 """
-Settings are a script's plain globals; this overrides them from Python files and from the command line.
+Settings: the plain globals of a script, overridden by config files and the command line.
 
     python train.py config/train_gpt2.py --batch_size=32 --compile=False
 
-A script calls `config = configure(globals())` right below its settings. Arguments apply in order, later ones win:
-a path is a config file, which runs as Python with the settings so far as its globals; `--key=value` sets one.
+A script calls `config = configure(globals())` right below its settings. Arguments apply from left
+to right and later ones win. A path is a config file: Python code that assigns settings and can
+read the ones made so far. `--key=value` sets one setting, `--help` lists them all.
 """
 
 import ast
+import builtins
 import difflib
 import math
+import numbers
 import os
 import re
 import sys
 import tokenize
 import traceback
+from pathlib import Path
 
-PLAIN = (bool, int, float, str)
-CONFIG_FILES = []  # that have been run
-HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = Path(__file__).resolve().parent
+PLAIN_TYPES = (bool, int, float, str)
+given_settings = set()  # names that a config file or the command line has set
+config_files = []  # paths of the config files that have run
 
 
-def configure(settings):
+def configure(settings, paths=None):
     """
-    Overrides `settings`, the globals of a script, in place by sys.argv, and returns all of them as a dict.
-    A setting is a global of a plain type (bool, int, float, str) without a leading underscore.
-    Raises ValueError for an unknown key, a wrong type or a config file that isn't there. `--help` prints and exits.
+    Overrides `settings`, a script's globals, from sys.argv and returns all settings as a dict.
+    A setting is a global of type bool, int, float or str without a leading underscore.
+    With a list `paths`, arguments that are not options are appended to it: no config files then.
+    Raises ValueError for an unknown setting, a wrong type and a config file that is not there.
     """
-    sys.excepthook = report
-    defaults = {key: value for key, value in settings.items() if type(value) in PLAIN and not key.startswith("_")}
+    sys.excepthook = excepthook
+    given_settings.clear()
+    plain = {key: value for key, value in settings.items() if type(value) in PLAIN_TYPES}
+    defaults = {key: value for key, value in plain.items() if not key.startswith("_")}
+    config = dict(defaults)
     for argument in sys.argv[1:]:
         if argument in ("--help", "-h"):
-            print(describe(settings, defaults))
+            print(help_text(settings, defaults))
             sys.exit()
-        config = {key: settings[key] for key in defaults}
-        if not argument.startswith("-"):
-            new = run_file(argument, config)
-        elif argument.startswith("--") and "=" in argument:
-            new = dict([argument[2:].split("=", 1)])
+        if argument.startswith("--") and "=" in argument:
+            key, text = argument[2:].split("=", 1)
+            changes = {key: parse_value(text, defaults.get(key))}
+        elif argument.startswith("-"):
+            raise ValueError(f"cannot read the argument {argument!r}; write --key=value")
+        elif paths is None:
+            changes = run_config_file(argument, config)
         else:
-            raise ValueError(f"cannot read the argument {argument!r}: write --key=value, or the path of a config file")
-        for key, value in new.items():
+            paths.append(argument)
+            changes = {}
+        for key, value in changes.items():
             if key not in defaults:
-                nearest = difflib.get_close_matches(key, defaults, n=1, cutoff=0) or ["none: there are no settings"]
-                raise ValueError(f"unknown setting {key!r} in {argument!r}; the nearest is {nearest[0]!r} (--help lists all)")
-            settings[key] = convert(key, value, defaults[key], literal=argument.startswith("--"))
-    return {key: settings[key] for key in defaults}
+                nearest = difflib.get_close_matches(key, defaults, n=1, cutoff=0)
+                hint = "--help lists all settings"
+                if not argument.startswith("-"):
+                    hint = f"a helper variable needs a leading underscore: _{key}"
+                raise ValueError(f"unknown setting {key!r} in {argument!r}; did you mean "
+                                 f"{', '.join(nearest)}? ({hint})")
+            config[key] = check_type(key, value, defaults[key])
+            given_settings.add(key)
+    settings.update(config)
+    return config
 
 
-def run_file(path, config):
-    """Runs a config file over a copy of the settings `config`; returns the plain globals that it set or changed."""
+def run_config_file(path, config):
+    """
+    Runs a config file and returns the settings that it assigns, as a dict. Other globals of a plain
+    type are included: they may be misspelled settings.
+    """
     try:
-        with tokenize.open(path) as file:  # honours an encoding line, as import does
+        with tokenize.open(path) as file:  # like import, this honors an encoding declaration
             source = file.read()
-    except OSError as error:
-        raise ValueError(f"cannot read the config file {path!r}: {error.strerror}") from None
-    CONFIG_FILES.append(path)
-    after = dict(config, __name__="__config__", __file__=path)
-    exec(compile(source, path, "exec"), after)
-    return {key: value for key, value in after.items() if not key.startswith("_")
-            and (key in config or isinstance(value, PLAIN))}
+    except (OSError, SyntaxError, UnicodeError) as error:  # the last two: not a text file
+        hint = "arguments are config files or --key=value"
+        if os.path.exists(path + ".py"):
+            hint = f"did you mean {path + '.py'!r}?"
+        raise ValueError(f"cannot read the config file {path!r}; {hint} ({error})") from None
+    config_files.append(path)
+    # Settings are passed as builtins: the file can read them, and its globals are what it assigns.
+    names = {"__name__": "__config__", "__file__": path, "__builtins__": vars(builtins) | config}
+    exec(compile(source, path, "exec"), names)
+    changes = {}
+    for key, value in names.items():
+        if key in config or (isinstance(value, PLAIN_TYPES) and not key.startswith("_")):
+            changes[key] = value
+    return changes
 
 
-def convert(key, value, default, literal):
+def parse_value(text, default):
     """
-    `value` in the type of `default`, or ValueError; `literal` says that it is text from the command line.
-    ('eval_only', 'true', False, True) -> True; ('dropout', 0, 0.1, False) -> 0.0; ('compile', 'False', 'auto', True) -> False
-    A default of 'auto' takes any Python literal or name: its script knows which ones are good.
+    The value of `text` from the command line, for a setting with this default:
+    ("true", False) -> True; ("1e-3", 0.1) -> 0.001; ("7", "x") -> "7"; ("False", "auto") -> False
     """
-    kind, result = type(default), value
+    if isinstance(default, str) and default != "auto":
+        return text
+    if text in ("true", "false"):
+        return text == "true"
     try:
-        if literal and (kind is bool or default == "auto"):
-            result = ast.literal_eval({"true": "True", "false": "False"}.get(value, value))
-        elif literal or kind is float and isinstance(value, (int, float)) and type(value) is not bool:
-            result = kind(value)
-    except (ValueError, TypeError, SyntaxError, OverflowError, MemoryError, RecursionError):
-        pass  # left as it is: a name, or of the wrong type
-    good = type(result) in PLAIN if default == "auto" else type(result) is kind
-    if type(result) is str and ("\0" in result or result != result.encode(errors="replace").decode()):
-        good = False  # no file system, terminal or checkpoint takes such text
-    if not good or kind is float and not math.isfinite(result):
-        raise ValueError(f"the setting {key!r} takes {kind.__name__} (its default is {default!r}), got {value!r}")
-    return result
+        return ast.literal_eval(text)
+    except Exception:  # not a literal, so it is a name such as cuda:1
+        return text
 
 
-def describe(settings, defaults):
-    """The help text: the script's docstring, then its settings with defaults and comments, as its source has them."""
-    lines = [(settings.get("__doc__") or "").strip(), "", "settings (--key=value, or in a config file):"]
+def check_type(key, value, default):
+    """
+    `value` in the type of `default`: an int is fine for a float, and 2.0 for an int. With the
+    default 'auto' any plain type is. Raises ValueError for other types.
+    """
+    kind = type(default)
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)  # NumPy's included
+    if kind is int and is_number and value % 1 == 0:
+        return int(value)
+    if kind is float and is_number and math.isfinite(value):
+        return float(value)
+    if kind in (bool, str) and type(value) is kind:
+        return value
+    if default == "auto" and type(value) in PLAIN_TYPES:
+        return value
+    name = kind.__name__
+    raise ValueError(f"setting {key!r} takes type {name} (default {default!r}), got {value!r}")
+
+
+def help_text(settings, defaults):
+    """The script's docstring, then each setting with its default and its comment in the source."""
+    lines = [(settings["__doc__"] or "").strip(), "", "settings (--key=value):"]
+    section = []  # comment lines that belong to the next setting
     with tokenize.open(settings["__file__"]) as file:
-        source = file.read().split("configure(globals())")[0].splitlines()
-    first = next((i for i, line in enumerate(source) if line.split(" =")[0] in defaults), len(source))
-    for line in source[first - 1:]:
+        source = file.read().split("configure(globals()")[0]
+    for line in source.splitlines():
         name = line.split(" =")[0]
         if name in defaults:
-            lines.append(f"  --{name + '=' + repr(defaults[name]):<36} {line.partition('  # ')[2]}")
+            option = f"{name}={defaults[name]!r}"
+            comment = line.partition("  # ")[2]
+            lines += section + [f"  --{option:<36} {comment}".rstrip()]
+            section = []
         elif line.startswith("#"):
-            lines.append(line)
+            section.append(line)
+        elif line:
+            section = []
     return "\n".join(lines)
 
 
-def report(kind, error, trace):
+def excepthook(kind, error, trace):
     """
-    Shows an uncaught exception. By this project's rule a ValueError that our own files raise is a mistake of the user and
-    an assert a bug of ours: the one ends in a line, the other in a traceback, like all that comes from elsewhere.
+    Prints an uncaught exception: in one line if the user can act on it, else with its traceback.
+    A ValueError raised in this project's files is a mistake of the user. Exceptions in a config
+    file keep the traceback, which names the line.
     """
-    frames = traceback.extract_tb(trace)
-    folder = os.path.dirname(os.path.abspath(frames[-1].filename)) if frames else ""
-    ours = folder == HERE or os.path.join(HERE, "data") in (folder, os.path.dirname(folder))
-    text = " ".join(str(error).split())
-    if any(frame.filename in CONFIG_FILES for frame in frames):
-        sys.__excepthook__(kind, error, trace)
-    elif kind is KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-    elif kind is ValueError and ours or isinstance(error, OSError):  # the system's own words name the file
-        print(f"error: {text}", file=sys.stderr)
-    elif kind.__name__ in ("MemoryError", "OutOfMemoryError") or "can't allocate memory" in text:
-        print(f"error: out of memory: take less at once (batch_size, num_samples) or a smaller model ({text})", file=sys.stderr)
-    elif os.environ.get("WORLD_SIZE", "1") != "1" and re.search("gloo|NCCL|Connection|Broken pipe", f"{kind} {text}"):
-        print(f"error: process {os.environ.get('RANK')} lost another one, whose own error tells why ({text})", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
+    files = [frame.filename for frame in traceback.extract_tb(trace)]
+    from_config = any(file in config_files for file in files)
+    folder = Path(files[-1]).resolve().parent
+    is_ours = folder in (ROOT, ROOT / "data") or folder.parent == ROOT / "data"
+    message = " ".join(str(error).split())
+    distributed = os.environ.get("WORLD_SIZE", "1") != "1"
+    peer_lost = re.search("^Dist|gloo|NCCL|Connection|Broken pipe", f"{kind.__name__} {message}")
+    text = "".join(traceback.format_exception(kind, error, trace))
+    if kind is KeyboardInterrupt:
+        text = "stopped"
+    elif from_config:
+        pass
+    elif isinstance(error, OSError) or (kind is ValueError and is_ours):
+        text = f"error: {message}"
+    elif isinstance(error, MemoryError) or "tried to allocate" in message.lower():
+        text = f"error: out of memory; try a smaller batch_size, num_samples or model ({message})"
+    elif distributed and peer_lost:
+        rank = os.environ.get("RANK")
+        text = f"error: process {rank} cannot reach the others; see their errors ({message})"
+    # control characters, as in text quoted from a file, must not reach the terminal
+    text = re.sub(r"[^\n -~\u00a0-\U0010ffff]", "?", text.strip())
+    if sys.stderr is not None:  # None: closed, as by 2>&-
+        print(text, file=sys.stderr)
+
+
+if __name__ == "__main__":  # exec'd by a script, as nanoGPT's scripts do
+    sys.exit("error: import the configurator instead: from configurator import configure, "
+             "then config = configure(globals()) below the settings")

@@ -3,92 +3,102 @@ Continues a text with a trained model.
 
     python sample.py --out_dir=out-shakespeare-char --start="ROMEO:"
     python sample.py --init_from=gpt2-xl --start="What is the answer to life?" --num_samples=3
-    python sample.py --start=FILE:prompt.txt --temperature=0 --num_samples=1     one alone is shown as it is made
-    python sample.py --out_dir=out --export=folder                               for transformers, and ends
+    python sample.py --out_dir=out --start=FILE:prompt.txt --temperature=0 --num_samples=1
+    python sample.py --out_dir=out --export=folder
 """
 
 import os
 import sys
 
 import torch
+from tqdm import tqdm
 
 from configurator import configure
-from data.common import gpt2_files, tokenizer
-from model import load_model, setup_device
+from data.common import gpt2_files, read_meta, tokenizer
+from model import load_model
+from runtime import setup_device
 
 # model
-init_from = 'resume'  # 'resume' (the checkpoint in out_dir), 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a folder
-out_dir = 'out'  # folder of ckpt.pt
+init_from = 'resume'  # from out_dir; or 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', a folder
+out_dir = 'out'  # of the training run
 # text
-start = "\n"  # the prompt, or FILE:path for a file's content (FILE:- reads standard input)
-num_samples = 10  # drawn together, in one batch; 1: shown while it is drawn
-max_new_tokens = 500  # in each sample
-temperature = 0.8  # 1: the model's own distribution; below: safer, above: bolder; 0: always the likeliest
-top_k = 200  # only the k likeliest tokens; 0: all
-top_p = 1.0  # only the likeliest tokens that together hold this probability; 1: all
+start = "\n"  # the prompt, or FILE:path for the content of a file (FILE:- for standard input)
+num_samples = 10  # drawn in one batch; a single one is shown while it is drawn
+max_new_tokens = 500  # per sample
+temperature = 0.8  # 1: the model's distribution; lower: safer, higher: bolder; 0: greedy
+top_k = 200  # draw from the k most probable tokens; 0: off
+top_p = 1.0  # draw from the most probable tokens that add up to this probability; 1: off
 seed = 1337
-export = ''  # a folder: write the model there in Hugging Face's format, and end
+export = ''  # a folder: write the model there in Hugging Face's format instead of sampling
 # machine
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'
-dtype = 'auto'  # 'bfloat16' where native, 'float16', 'float32'
-compile = False  # True pays for very long texts only, and compiles once more when the context is full
+dtype = 'auto'  # 'bfloat16' where it is native, 'float16', 'float32'
+compile = False  # pays off for very long texts only
 
 config = configure(globals())
 
-for key, least, most in (("num_samples", 1, 1e5), ("max_new_tokens", 1, 1e9), ("temperature", 0, 1e9), ("top_k", 0, 1e9),
-                         ("top_p", 1e-9, 1), ("seed", 0, 2 ** 62)):
-    if not least <= config[key] <= most:
-        raise ValueError(f"{key}={config[key]} is out of range: it must be from {least} to {most:g}")
+LIMITS = {"num_samples": (1, 1e5), "max_new_tokens": (1, 1e9), "temperature": (0, 1e9),
+          "top_k": (0, 1e9), "top_p": (1e-9, 1), "seed": (0, 2 ** 63)}
+for key, (minimum, maximum) in LIMITS.items():
+    if not minimum <= config[key] <= maximum:
+        raise ValueError(f"{key}={config[key]} must be from {minimum} to {maximum:g}")
 
-# ---- model ----
+# ---- model and tokenizer ----
 
 device, dtype, compile = setup_device(device, dtype, compile)
-torch.backends.cuda.enable_cudnn_sdp(False)  # on Hopper GPUs it would compile attention anew for each length of the text
-model, dataset = load_model(init_from, out_dir)
-encode, decode, vocab_limit, end = tokenizer(dataset, model.config.vocab_size)
+torch.backends.cuda.enable_cudnn_sdp(False)  # on Hopper it compiles attention for each length
+model, checkpoint = load_model(init_from, out_dir)
+itos = checkpoint["itos"] if checkpoint else None
+if checkpoint and not checkpoint["data"]:  # nanoGPT's: the characters are in the data folder
+    meta = read_meta(checkpoint["config"].get("dataset", ""))
+    itos = meta.get("itos", {}) if meta else None
+
 if export:
     model.save_pretrained(export)
-    files = gpt2_files(model.config.block_size) if end is not None else {}  # characters have no such files
+    files = {}
+    if itos is None and model.config.vocab_size >= 50257:
+        files = gpt2_files(model.config.block_size)
     for name, content in files.items():
         with open(os.path.join(export, name), "wb") as file:
             file.write(content)
-    print(f"wrote {', '.join(['config.json', 'model.safetensors', *files])} to {export}")
+    print(f"wrote {', '.join(sorted(os.listdir(export)))} to {export}")
     sys.exit()
-model.eval().to(device, getattr(torch, dtype))  # weights are cast once, here
+encode, decode, vocab_limit, end_token = tokenizer(itos, model.config.vocab_size)
+model.eval().to(device, getattr(torch, dtype))
+if compile:
+    model.hidden = torch.compile(model.hidden, dynamic=True)
 
 # ---- prompt ----
 
 if start.startswith("FILE:"):
-    path = start[len("FILE:"):]
+    path = start.removeprefix("FILE:")
     try:
         with open(0 if path == "-" else path, encoding="utf-8") as file:
             start = file.read()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read the prompt {path!r}: {error}") from None
-ids = encode(start) or ([end] if end is not None else [])
+ids = encode(start)
+if not ids and end_token is not None:
+    ids = [end_token]
 if not ids:
-    raise ValueError("start='' leaves a character model nothing to continue: give at least one character, such as --start=$'\\n'")
+    raise ValueError("start='' is no prompt for a character model: give at least one character, "
+                     "such as --start=$'\\n'")
+prompt = torch.tensor([ids], device=device).expand(num_samples, -1)  # (B, T)
 
 # ---- samples ----
 
-prompt = torch.tensor([ids], device=device).expand(num_samples, -1)
-options = dict(temperature=temperature, top_k=top_k, top_p=top_p, vocab_limit=vocab_limit, stop_token=end)
-if compile:
-    plain, model.hidden = model.hidden, torch.compile(model.hidden, dynamic=True)
-    try:
-        model.generate(prompt, 2)
-    except Exception as error:  # whatever a compiler may raise
-        print(f"compiling failed, going on without: {str(error).splitlines()[:1]}", file=sys.stderr)
-        model.hidden = plain
-
+sys.stdout.reconfigure(errors="replace")  # for characters that the terminal cannot show
 torch.manual_seed(seed)
+stream = model.generate_stream(prompt, max_new_tokens, temperature, top_k, top_p, vocab_limit,
+                               end_token)
 if num_samples == 1:
     print(start, end="", flush=True)
-    pending = []  # ids whose bytes don't make whole characters yet
-    for new in model.stream(prompt, max_new_tokens, **options):
-        if new.item() == end:
+    pending = []  # tokens whose bytes are not whole characters yet
+    for token in stream:
+        token = token.item()
+        if token == end_token:
             break
-        pending.append(new.item())
+        pending.append(token)
         text = decode(pending)
         if not text.endswith("\ufffd"):
             print(text, end="", flush=True)
@@ -96,7 +106,11 @@ if num_samples == 1:
     print(decode(pending))
     print("-" * 15)
 else:
-    for row in model.generate(prompt, max_new_tokens, **options).tolist():
-        new = row[len(ids):]
-        print(start + decode(new[:new.index(end)] if end in new else new))
+    on_terminal = sys.stderr is not None and sys.stderr.isatty()
+    tokens = list(tqdm(stream, "sampling", max_new_tokens, leave=False, delay=2,
+                       disable=not on_terminal))
+    for sample in torch.cat(tokens, dim=1).tolist():
+        if end_token in sample:
+            sample = sample[:sample.index(end_token)]
+        print(start + decode(sample))
         print("-" * 15)

@@ -1,6 +1,6 @@
 # Evaluates OpenAI's gpt2-large (774M parameters) on OpenWebText.
-# 8 rows x 1024 tokens x 500 batches = 4.1M tokens of each split
-# expected, as nanoGPT reports it: train loss 2.66, val loss 2.67
+# 8 sequences x 1024 tokens x 500 batches = 4.1M tokens of each split
+# Expect a train loss of 2.66 and a val loss of 2.67, as nanoGPT reports.
 
 init_from = 'gpt2-large'
 eval_only = True

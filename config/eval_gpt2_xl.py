@@ -1,6 +1,6 @@
 # Evaluates OpenAI's gpt2-xl (1558M parameters) on OpenWebText.
-# 8 rows x 1024 tokens x 500 batches = 4.1M tokens of each split
-# expected, as nanoGPT reports it: train loss 2.56, val loss 2.54
+# 8 sequences x 1024 tokens x 500 batches = 4.1M tokens of each split
+# Expect a train loss of 2.56 and a val loss of 2.54, as nanoGPT reports.
 
 init_from = 'gpt2-xl'
 eval_only = True

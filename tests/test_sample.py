@@ -1,129 +1,237 @@
+"""
+sample.py: prompts, options, what is shown and when, and where the tokenizer comes from. Sampling
+itself is tested in test_model.py, export to transformers in test_huggingface.py.
+"""
+
+import io
+import os
+import pickle
 import re
+import shutil
+import sys
 
 import pytest
 import torch
-import transformers
 from conftest import newest
 
+from data.common import gpt2_bpe, tokenizer
 from model import GPT, GPTConfig
+
+RULE = "-" * 15 + "\n"  # after each sample
+SHORT = ("--device=cpu", "--dtype=float32", "--num_samples=2", "--max_new_tokens=20")
 
 
 @pytest.fixture
-def trained(train, tmp_path):
+def out_dir(train, tmp_path):
+    """The folder of a character model."""
     train("a", "--max_iters=3")
     return tmp_path / "a"
 
 
-def sample(run, out_dir, *arguments):
-    run("sample.py", f"--out_dir={out_dir}", "--device=cpu", "--dtype=float32", "--num_samples=2", "--max_new_tokens=20", *arguments)
-    return run.out
+@pytest.fixture
+def gpt2_folder(tmp_path):
+    """A small model with GPT-2's vocabulary, in Hugging Face's format."""
+    torch.manual_seed(0)
+    GPT(GPTConfig(32, 50304, 1, 2, 8)).save_pretrained(str(tmp_path / "gpt2"))
+    return tmp_path / "gpt2"
 
 
-def test_samples_are_drawn_and_repeat_with_their_seed(run, trained):
-    first = sample(run, trained, "--start=the quick")
-    parts = first.split("-" * 15 + "\n")
-    assert len(parts) == 3 and parts[2] == "" and all(part.startswith("the quick") and len(part) == len("the quick") + 21 for part in parts[:2])
-    assert parts[0] != parts[1]
-    assert sample(run, trained, "--start=the quick") == first
-    assert sample(run, trained, "--start=the quick", "--seed=2") != first
+@pytest.fixture
+def sample(run, out_dir):
+    """sample(*arguments) -> what sample.py prints for the character model."""
+    def sample(*arguments):
+        run("sample.py", f"--out_dir={out_dir}", *SHORT, *arguments)
+        return run.out
+    return sample
 
 
-def test_greedy_sampling_is_the_models_own(run, trained, dataset):
-    from data.common import tokenizer
-    model = GPT.from_checkpoint(newest(trained)).eval()
-    encode, decode, limit, _ = tokenizer(str(dataset), 28)
-    text = encode("the")
+@pytest.fixture
+def sample_gpt2(run, gpt2_folder):
+    """sample_gpt2(*arguments) -> what sample.py prints for the model of `gpt2_folder`."""
+    def sample_gpt2(*arguments):
+        run("sample.py", f"--init_from={gpt2_folder}", *SHORT, *arguments)
+        return run.out
+    return sample_gpt2
+
+
+def always_generate(monkeypatch, *sequences):
+    """Makes every model continue its prompts with these token ids."""
+    def generate_stream(self, idx, *args, **kwargs):
+        for tokens in zip(*sequences, strict=True):
+            yield torch.tensor(tokens)[:, None]  # (B, 1)
+    monkeypatch.setattr("model.GPT.generate_stream", generate_stream)
+
+
+# ---- samples ----
+
+
+def test_samples_differ_and_repeat_with_their_seed(sample):
+    out = sample("--start=the quick")
+    first, second, rest = out.split(RULE)
+    assert rest == "" and first != second
+    for text in (first, second):
+        assert text.startswith("the quick") and len(text) == len("the quick") + 20 + 1
+    assert sample("--start=the quick") == out
+    assert sample("--start=the quick", "--seed=2") != out
+
+
+def test_greedy_sampling_is_the_models_own(sample, out_dir):
+    checkpoint = newest(out_dir)
+    model = GPT.from_state(checkpoint["model_args"], checkpoint["model"]).eval()
+    encode, decode, _, _ = tokenizer(checkpoint["itos"], 28)
+    ids = encode("the")
     for _ in range(5):
         with torch.no_grad():
-            text.append(model(torch.tensor([text]))[0][0, -1].argmax().item())
-    out = sample(run, trained, "--start=the", "--temperature=0", "--max_new_tokens=5")
-    assert out.split("\n-")[0] == decode(text)
+            logits = model(torch.tensor([ids]))[0]
+        ids.append(logits[0, -1].argmax().item())
+    out = sample("--start=the", "--temperature=0", "--max_new_tokens=5")
+    assert out.split("\n" + RULE)[0] == decode(ids)
 
 
-def test_a_prompt_from_a_file(run, trained, tmp_path):
-    (tmp_path / "prompt.txt").write_text("the lazy dog")
-    assert sample(run, trained, f"--start=FILE:{tmp_path / 'prompt.txt'}").startswith("the lazy dog")
+def test_off_values(sample):
+    greedy = sample("--start=a", "--temperature=0")
+    assert sample("--start=a", "--top_k=1") == greedy
+    assert sample("--start=a", "--top_p=0.000001") == greedy
+    everything = sample("--start=a", "--top_k=0", "--top_p=1.0")
+    assert everything == sample("--start=a", "--top_k=28") != greedy
 
 
-def test_last_pt_serves_where_there_is_no_ckpt_pt(run, trained):
-    (trained / "ckpt.pt").rename(trained / "last.pt")
-    assert sample(run, trained, "--start=the").startswith("the")
-
-
-@pytest.mark.parametrize("argument, named", [
-    ("--start=Q", "'Q'"), ("--start=", "start=''"), ("--start=FILE:nowhere.txt", "nowhere.txt"), ("--temperature=-1.0", "temperature"), ("--top_p=0.0", "top_p"),
-    ("--num_samples=0", "num_samples"), ("--out_dir=nowhere", "nowhere"), ("--init_from=gpt3", "gpt3"), ("--init_from=bert", "bert"), ("--dtype=int8", "int8"),
-])
-def test_mistakes_are_named(run, trained, argument, named):
-    with pytest.raises(ValueError, match=re.escape(named)):
-        sample(run, trained, "--start=a", argument)
-
-
-def test_off_values(run, trained):
-    greedy = sample(run, trained, "--start=a", "--temperature=0")
-    assert greedy == sample(run, trained, "--start=a", "--top_k=1") == sample(run, trained, "--start=a", "--top_p=0.000001")
-    assert greedy != sample(run, trained, "--start=a", "--top_k=0", "--top_p=1.0")
-
-
-def test_a_folder_from_transformers_with_gpt2s_tokenizer(run, tmp_path):
-    torch.manual_seed(0)
-    GPT(GPTConfig(32, 50304, 1, 2, 8)).save_pretrained(str(tmp_path))
-    out = sample(run, "nowhere", f"--init_from={tmp_path}", "--start=Once upon a time", "--top_p=0.9")
-    assert out.count("Once upon a time") == 2
-    assert sample(run, "nowhere", f"--init_from={tmp_path}", "--start=").count("-" * 15) == 2  # starts from end-of-text
-
-
-def test_one_sample_is_shown_while_it_is_drawn(run, trained, monkeypatch):
-    import sys
-    shown = []
+def test_single_sample_is_shown_while_it_is_drawn(sample, monkeypatch):
+    writes = []
     write = sys.stdout.write
-    monkeypatch.setattr(sys.stdout, "write", lambda text: shown.append(text) or write(text))
-    out = sample(run, trained, "--start=the", "--num_samples=1")
-    assert len([text for text in shown if len(text) == 1 and text != "\n"]) >= 10  # characters came one by one
-    monkeypatch.undo()
-    assert sample(run, trained, "--start=the", "--num_samples=1") == out and len(out) == len("the") + 20 + 1 + 15 + 1
+
+    def remember(text):
+        writes.append(text)
+        return write(text)
+    monkeypatch.setattr(sys.stdout, "write", remember)
+    out = sample("--start=the", "--num_samples=1")
+    one_by_one = [text for text in writes if len(text) == 1]
+    assert len(one_by_one) >= 20
+    assert out.startswith("the") and len(out) == len("the") + 20 + 1 + len(RULE)
 
 
-def test_bytes_of_one_character_are_shown_together(run, tmp_path, monkeypatch):
-    """A model that always continues with the tokens of a text whose characters take several of them."""
-    from data.common import gpt2_bpe
+def test_bytes_of_one_character_are_shown_together(sample_gpt2, monkeypatch):
     ids = gpt2_bpe().encode("a🙂日本b")
-    assert len(ids) > 6
-    torch.manual_seed(0)
-    GPT(GPTConfig(32, 50304, 1, 2, 8)).save_pretrained(str(tmp_path))
-    monkeypatch.setattr("model.GPT.stream", lambda *arguments, **options: (torch.tensor([[i]]) for i in ids))
-    assert sample(run, "nowhere", f"--init_from={tmp_path}", "--start=x", "--num_samples=1").startswith("xa🙂日本b\n---")
+    assert len(ids) > 6  # several tokens a character
+    always_generate(monkeypatch, ids)
+    assert sample_gpt2("--start=x", "--num_samples=1") == "xa🙂日本b\n" + RULE
 
 
-def test_a_prompt_from_standard_input(run, trained, monkeypatch):
-    import os
+def test_end_of_text_ends_a_sample(sample_gpt2, monkeypatch):
+    end = 50256
+    a, b, c = gpt2_bpe().encode("abc")[0], 65, 66
+    letters = gpt2_bpe().decode([a, b, c])
+    always_generate(monkeypatch, [a, end, end], [a, b, c])
+    assert sample_gpt2("--start=x") == f"xabc\n{RULE}x{letters}\n{RULE}"
+    always_generate(monkeypatch, [a, end, end])
+    assert sample_gpt2("--start=x", "--num_samples=1") == f"xabc\n{RULE}"
+
+
+@pytest.mark.parametrize("num_samples", [1, 2])
+def test_character_that_the_terminal_lacks_is_replaced(sample, out_dir, monkeypatch, num_samples):
+    checkpoint = torch.load(out_dir / "ckpt.pt", weights_only=True)
+    for i in range(2, 28):
+        checkpoint["itos"][i] = chr(945 + i)  # Greek
+    torch.save(checkpoint, out_dir / "ckpt.pt")
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    sample("--start= ", f"--num_samples={num_samples}")
+    stdout.flush()
+    out = stdout.buffer.getvalue().decode("ascii")
+    assert "???" in out and out.count(RULE) == num_samples
+
+
+# ---- prompts ----
+
+
+def test_prompt_from_a_file(sample, tmp_path):
+    (tmp_path / "prompt.txt").write_text("the lazy dog")
+    assert sample(f"--start=FILE:{tmp_path / 'prompt.txt'}").startswith("the lazy dog")
+
+
+def test_prompt_from_standard_input(sample):
     reading, writing = os.pipe()
     os.write(writing, b"the fox")
     os.close(writing)
-    before = os.dup(0)
+    stdin = os.dup(0)
     os.dup2(reading, 0)
     try:
-        assert sample(run, trained, "--start=FILE:-").startswith("the fox")
+        assert sample("--start=FILE:-").startswith("the fox")
     finally:
-        os.dup2(before, 0)
+        os.dup2(stdin, 0)
 
 
-def test_an_exported_model_serves_a_pipeline(run, tmp_path):
-    torch.manual_seed(0)
-    GPT(GPTConfig(32, 50304, 2, 2, 16, bias=False)).save_pretrained(str(tmp_path / "a"))
-    with pytest.raises(SystemExit) as end:
-        sample(run, "nowhere", f"--init_from={tmp_path / 'a'}", f"--export={tmp_path / 'b'}")
-    assert not end.value.code and "vocab.json" in run.out
-    generate = transformers.pipeline("text-generation", str(tmp_path / "b"))
-    theirs = generate("Once upon a time", max_new_tokens=20, do_sample=False)[0]["generated_text"]
-    ours = sample(run, "nowhere", f"--init_from={tmp_path / 'b'}", "--start=Once upon a time", "--temperature=0", "--num_samples=1")
-    assert ours == theirs + "\n" + "-" * 15 + "\n"
-    text = "It's <|endoftext|> zwölf 🙂\n\n  boxes"
-    from data.common import gpt2_bpe
-    assert generate.tokenizer(text)["input_ids"] == gpt2_bpe().encode(text, allowed_special="all")
+def test_prompt_longer_than_the_context(sample):
+    prompt = "the quick brown fox jumps over a lazy dog"
+    assert sample(f"--start={prompt}").count(prompt) == 2
 
 
-def test_a_character_model_is_exported_without_a_tokenizer(run, trained, tmp_path):
+def test_empty_prompt_starts_from_end_of_text(sample_gpt2):
+    assert sample_gpt2("--start=").count(RULE) == 2
+
+
+@pytest.mark.parametrize("argument, named", [
+    ("--start=Q", "the character 'Q'"), ("--start=", "start=''"),
+    ("--start=FILE:nowhere.txt", "nowhere.txt"), ("--temperature=-1.0", "temperature=-1.0"),
+    ("--top_p=0.0", "top_p=0.0"), ("--top_k=-1", "top_k=-1"), ("--num_samples=0", "num_samples=0"),
+    ("--out_dir=nowhere", "no ckpt.pt in out_dir='nowhere'"), ("--init_from=gpt3", "'gpt3'"),
+    ("--dtype=int8", "dtype='int8'"),
+])
+def test_mistake_is_named(sample, argument, named):
+    with pytest.raises(ValueError, match=re.escape(named)):
+        sample("--start=a", argument)
+
+
+# ---- model and tokenizer ----
+
+
+def test_best_checkpoint_is_sampled_and_else_the_latest(sample, out_dir):
+    expected = sample("--start=the")
+    (out_dir / "last.pt").write_bytes(b"not read")
+    assert sample("--start=the") == expected
+    (out_dir / "ckpt.pt").rename(out_dir / "last.pt")
+    assert sample("--start=the") == expected
+
+
+def test_characters_come_from_the_checkpoint(run, train, dataset, tmp_path):
+    moved = shutil.copytree(dataset, tmp_path / "moved")
+    train("a", "--max_iters=1", f"--dataset={moved}")
+    shutil.rmtree(moved)
+    run("sample.py", f"--out_dir={tmp_path / 'a'}", *SHORT, "--start=the")
+    assert run.out.count("the") >= 2
+
+
+def test_characters_of_nanogpts_checkpoint_come_from_its_data(run, out_dir, dataset):
+    checkpoint = torch.load(out_dir / "ckpt.pt", weights_only=True)
+    for key in ("itos", "data", "version"):
+        del checkpoint[key]
+    torch.save(checkpoint, out_dir / "ckpt.pt")
+    run("sample.py", f"--out_dir={out_dir}", *SHORT, "--start=the")
+    assert run.out.count("the") >= 2
+    checkpoint["config"]["dataset"] = "nowhere"
+    torch.save(checkpoint, out_dir / "ckpt.pt")
+    with pytest.raises(ValueError, match="no tokenizer for a vocabulary of 28"):
+        run("sample.py", f"--out_dir={out_dir}", *SHORT, "--start=the")
+
+
+@pytest.mark.parametrize("vocab_size", [32000, 50277, 60000])
+def test_model_of_another_tokenizer_trains_and_cannot_be_sampled(run, train, dataset, tmp_path,
+                                                                vocab_size):
+    folder = shutil.copytree(dataset, tmp_path / "other")
+    (folder / "meta.pkl").write_bytes(pickle.dumps(dict(vocab_size=vocab_size)))
+    train("a", "--max_iters=1", f"--dataset={folder}")
+    assert newest(tmp_path / "a")["model_args"]["vocab_size"] == vocab_size
+    with pytest.raises(ValueError, match=f"no tokenizer for a vocabulary of {vocab_size}"):
+        run("sample.py", f"--out_dir={tmp_path / 'a'}", *SHORT)
+
+
+def test_gpt2s_tokenizer_is_used_for_its_vocabulary(sample_gpt2):
+    out = sample_gpt2("--start=Once upon a time", "--top_p=0.9")
+    assert out.count("Once upon a time") == 2
+
+
+def test_character_model_is_exported_without_a_tokenizer(sample, tmp_path):
     with pytest.raises(SystemExit):
-        sample(run, trained, f"--export={tmp_path / 'b'}")
-    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["config.json", "model.safetensors"]
+        sample(f"--export={tmp_path / 'exported'}")
+    files = sorted(path.name for path in (tmp_path / "exported").iterdir())
+    assert files == ["config.json", "generation_config.json", "model.safetensors"]

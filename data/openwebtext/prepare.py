@@ -1,15 +1,23 @@
 """
-OpenWebText (Gokaslan & Cohen 2019) in GPT-2's BPE: 8,013,769 documents, of which 4,007 validate; train.bin 9,035,582,198
-tokens (18 GB), val.bin 4,434,897. Takes about 60 GB of disk in Hugging Face's cache and another 18 here while it works.
+OpenWebText (Gokaslan & Cohen 2019) in GPT-2's BPE, each document ended by <|endoftext|>.
 
     python data/openwebtext/prepare.py
-    python data/openwebtext/prepare.py --files='my/*.jsonl'     any documents of yours: json, jsonl, parquet, txt
+    python data/openwebtext/prepare.py --files='my/*.jsonl' --out_dir=data/my
+
+0.05% of the 8,013,769 documents are held out for validation. train.bin has 9,035,582,198 tokens
+(18 GB), val.bin 4,434,897. Hugging Face's cache takes another 64 GB, which you can delete later.
 """
 
+import collections
+import glob
+import multiprocessing
 import os
 import shutil
+import signal
 import sys
-import tempfile
+import threading
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -17,66 +25,135 @@ sys.path.insert(0, str(HERE.parents[1]))
 
 import datasets
 import numpy as np
+from huggingface_hub import constants
+from tqdm import tqdm
 
 from configurator import configure
-from data.common import gpt2_bpe
+from data.common import atomic_write, dataset_paths, encode_gpt2, gpt2_bpe
 
-files = ''  # local files instead, a path or a glob; a 'text' field in each row, but a whole .txt file is one document
-revision = 'b4325f019c648b1641a1784748667e8b74e5e064'  # of Skylion007/openwebtext on the hub
+files = ''  # a path or glob: .json, .jsonl or .parquet with a 'text' field; each .txt is a document
+revision = 'b4325f019c648b1641a1784748667e8b74e5e064'  # commit of Skylion007/openwebtext
 num_proc = os.cpu_count()  # processes
 out_dir = str(HERE)  # where train.bin and val.bin go
 
+known_counts = {revision: {"documents": 8_013_769, "train": 9_035_582_198, "val": 4_434_897}}
 configure(globals())
 
-
-def tokenize(batch, rank, folder):
-    """Appends the ids of a batch of documents, each ended by end-of-text, to the file of process `rank`."""
-    bpe, ids = gpt2_bpe(), []
-    for text in batch["text"]:
-        # what encode_ordinary returns, without a list of Python integers
-        ids += [bpe.encode_to_numpy(text or "", allowed_special=set(), disallowed_special=()), [bpe.eot_token]]
-    with open(os.path.join(folder, f"{rank or 0:05}"), "ab") as file:
-        np.concatenate(ids, dtype="<u2", casting="unsafe").tofile(file)
+FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
+CACHE = (f"{datasets.config.HF_DATASETS_CACHE}/Skylion007___openwebtext "
+         f"and {constants.HF_HUB_CACHE}/datasets--Skylion007--openwebtext")
+BATCH = 200  # documents that a worker process tokenizes in one go
+main_process = os.getpid()
 
 
-if __name__ == "__main__":  # where processes are spawned, not forked, each imports this file
+def load_documents():
+    """The documents as a datasets.Dataset with a column 'text'."""
+    source, options = "Skylion007/openwebtext", dict(revision=revision)
+    if files:
+        source, options = FORMATS.get(Path(files).suffix), dict(data_files=files)
+        if source is None:
+            raise ValueError(f"files={files!r} must end in {', '.join(FORMATS)}")
+        if not any(os.path.isfile(path) for path in glob.glob(files, recursive=True)):
+            raise ValueError(f"files={files!r} matches no file")
+    if source == "text":
+        options["sample_by"] = "document"
+    try:
+        documents = datasets.load_dataset(source, split="train", num_proc=num_proc, **options)
+    except Exception as error:  # a damaged file can raise anything
+        while error.__cause__:
+            error = error.__cause__
+        hint = "" if files else f"; if a download is damaged, remove {CACHE}"
+        raise ValueError(f"cannot load {files or source}: {type(error).__name__}: {error}{hint}"
+                         ) from None
+    # note: if the hub fails, `datasets` falls back to any revision that its cache has
+    if not files and revision not in str(documents.cache_files):
+        raise ValueError(f"cannot get commit {revision} from the hub, and the cache has another "
+                         "one: try again later")
+    if "text" not in documents.column_names or len(documents) < 2:
+        raise ValueError(f"{files or source} has {len(documents)} documents with the columns "
+                         f"{documents.column_names}: two or more with a column 'text' are needed")
+    return documents
+
+
+def check_count(name, count):
+    """Compares a count with what the pinned commit is known to have."""
+    if not files and revision in known_counts and count != known_counts[revision][name]:
+        raise ValueError(f"{name}: {count:,} instead of {known_counts[revision][name]:,}; a "
+                         f"download is damaged: remove {CACHE} and try again")
+
+
+def start_worker(split):
+    """Runs first in each worker process: keeps the documents, and ends with the parent process."""
+    global worker_documents
+    worker_documents = split
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def end_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def tokenize(start):
+    """The token ids of a batch of documents, each ended by end-of-text: uint16, (tokens,)."""
+    bpe = gpt2_bpe()
+    ids = []
+    for text in worker_documents[start:start + BATCH]["text"]:
+        ids.append(encode_gpt2(bpe, text or ""))
+        ids.append(np.array([bpe.eot_token], dtype="<u2"))
+    return np.concatenate(ids)
+
+
+def tokenize_in_parallel(split):
+    """Yields the token ids of a split's batches, in order."""
+    futures = collections.deque()
+    with ProcessPoolExecutor(num_proc, initializer=start_worker, initargs=(split,)) as executor:
+        for start in range(0, len(split), BATCH):
+            futures.append(executor.submit(tokenize, start))
+            if len(futures) > 4 * num_proc:  # workers don't run ahead without limit
+                yield futures.popleft().result()
+        for future in futures:
+            yield future.result()
+
+
+def on_signal(number, frame):
+    """Ends the run in one line; temporary files are removed on the way out."""
+    if os.getpid() != main_process:  # a worker process of `datasets`
+        os._exit(128 + number)
+    print("stopped; downloads are kept for the next run", file=sys.stderr)
+    sys.exit(128 + number)
+
+
+if __name__ == "__main__":  # worker processes may import this file
     if num_proc < 1:
-        raise ValueError(f"num_proc={num_proc} is out of range: it must be at least 1")
+        raise ValueError(f"num_proc={num_proc} must be at least 1")
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
 
-    kind = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}.get(Path(files).suffix)
-    if files and kind is None:
-        raise ValueError(f"files={files!r} must end in .json, .jsonl, .parquet or .txt")
-    options = dict(data_files=files) if files else dict(revision=revision)
-    if kind == "text":
-        options["sample_by"] = "document"
-    try:
-        documents = datasets.load_dataset(kind or "Skylion007/openwebtext", split="train", num_proc=num_proc, **options)
-    except Exception as error:  # a damaged file can raise anything
-        remedy = "" if files else "; go online, or give --files"
-        raise ValueError(f"cannot load {files or 'OpenWebText'}: {type(error).__name__}: {error}{remedy}") from None
-    if getattr(documents.features.get("text"), "dtype", "") not in ("string", "large_string") or len(documents) < 2:
-        raise ValueError(f"{len(documents)} documents with {documents.features}: it takes two or more, with text in a 'text' field")
-
-    gpt2_bpe()  # fetched once, before the processes ask for it
+    gpt2_bpe()  # fetched once, before the worker processes need it
+    documents = load_documents()
+    check_count("documents", len(documents))
     splits = documents.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
 
     os.makedirs(out_dir, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out_dir, prefix="parts-") as parts:
-        for split, name in (("test", "val"), ("train", "train")):
-            folder = os.path.join(parts, name)
-            os.mkdir(folder)
-            # each process takes a stretch of the documents, in order: the parts in order are the whole
-            splits[split].map(tokenize, batched=True, batch_size=200, with_rank=True, fn_kwargs=dict(folder=folder),
-                              num_proc=min(num_proc, len(splits[split])), desc=f"tokenizing {name}")
-        for name in ("val", "train"):
-            first, *rest = sorted(Path(parts, name).iterdir())
-            with open(first, "ab") as file:
-                for part in rest:
-                    with open(part, "rb") as source:
-                        shutil.copyfileobj(source, file, 2 ** 24)
-                    part.unlink()
-            tokens = first.stat().st_size // 2
-            os.replace(first, os.path.join(out_dir, f"{name}.bin"))
+    needed = documents.data.nbytes // 2  # bytes; English has about 4.5 bytes of text per token
+    with atomic_write(*dataset_paths(out_dir)) as (_, val_tmp, train_tmp):
+        free = shutil.disk_usage(out_dir).free
+        if free < needed:
+            raise ValueError(f"{out_dir!r} has {free / 1e6:,.0f} MB free and needs about "
+                             f"{needed / 1e6:,.0f} MB: make room or choose another --out_dir")
+        for name, split, path in (("val", "test", val_tmp), ("train", "train", train_tmp)):
+            bar = tqdm(total=len(splits[split]), desc=f"{name}.bin", unit="documents", disable=None)
+            try:
+                with open(path, "wb") as file, bar:
+                    for ids in tokenize_in_parallel(splits[split]):
+                        file.write(ids)
+                        bar.update(BATCH)
+            except (BrokenProcessPool, ValueError) as error:  # of a worker process
+                raise ValueError(f"cannot tokenize {name}.bin: {error}") from None
+            tokens = os.path.getsize(path) // 2
+            check_count(name, tokens)
             print(f"{name}.bin {tokens:,} tokens")

@@ -1,5 +1,5 @@
 """
-Tiny Shakespeare in GPT-2's BPE, to finetune on: 301,966 tokens to train on, 36,059 to validate.
+Tiny Shakespeare in GPT-2's BPE, to finetune on: 301,966 tokens to train on, 36,059 for validation.
 
     python data/shakespeare/prepare.py
 """
@@ -9,15 +9,17 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
+
 from configurator import configure
-from data import tinyshakespeare
-from data.common import gpt2_bpe, write_ids
+from data.common import atomic_write, dataset_paths, encode_gpt2, gpt2_bpe
 
 configure(globals())
-text = tinyshakespeare.load(HERE)
+text = (HERE.parent / "tinyshakespeare.txt").read_text(encoding="utf-8")
+cut = int(len(text) * 0.9)  # by characters, as in the character data set
 bpe = gpt2_bpe()
-cut = int(len(text) * 0.9)  # by characters, as for the character model
-for split, part in (("train", text[:cut]), ("val", text[cut:])):
-    ids = bpe.encode_ordinary(part)
-    write_ids(HERE / f"{split}.bin", ids)
-    print(f"{split}.bin {len(ids):,} tokens")
+train_ids = encode_gpt2(bpe, text[:cut])
+val_ids = encode_gpt2(bpe, text[cut:])
+with atomic_write(*dataset_paths(HERE)) as (_, val_tmp, train_tmp):
+    train_ids.tofile(train_tmp)
+    val_ids.tofile(val_tmp)
+print(f"train.bin {len(train_ids):,} tokens, val.bin {len(val_ids):,}")

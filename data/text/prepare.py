@@ -1,11 +1,13 @@
 """
-Any text of yours as a data set: UTF-8 files, and folders of them.
+Your own text as a data set: UTF-8 files, and folders of them.
 
-    python data/text/prepare.py my.txt notes/                  its characters
-    python data/text/prepare.py my.txt notes/ --tokens=gpt2    GPT-2's tokens, each file ended by <|endoftext|>
+    python data/text/prepare.py my.txt notes/                  # tokens are characters
+    python data/text/prepare.py my.txt notes/ --tokens=gpt2    # GPT-2's BPE
     python train.py config/train_shakespeare_char_cpu.py --dataset=text --out_dir=out-text
 
-The last tenth validates. For GPT-2's tokens files are read in pieces, and may be larger than memory.
+Files are taken in the order given, those of a folder sorted by path. Folders may hold other files
+too: what is hidden or not UTF-8 text is skipped. With GPT-2's BPE each file ends with
+<|endoftext|>, and the text may be larger than memory.
 """
 
 import os
@@ -20,68 +22,112 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import configure
-from data.common import gpt2_bpe, whole, write_characters
+from data.common import atomic_write, dataset_paths, encode_gpt2, gpt2_bpe, write_characters
 
-paths = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
-sys.argv[1:] = [argument for argument in sys.argv[1:] if argument.startswith("-")]
-
-tokens = 'characters'  # 'gpt2': GPT-2's BPE
-val_share = 0.1  # of the tokens, at the end
+tokens = 'characters'  # or 'gpt2': GPT-2's BPE
+val_frac = 0.1  # fraction of the tokens, at the end, held out for validation
 out_dir = str(HERE)  # where train.bin and val.bin go
 
-configure(globals())
+paths = []  # from the command line
+configure(globals(), paths=paths)
+
+LAST_WORD_END = re.compile(r".*\S(?=[ \n])", re.DOTALL)  # the text up to there
 
 
-def pieces(path, size=2 ** 22):
-    """The text of a file in pieces of about `size` characters, cut where GPT-2's tokenizer can't tell: before a space."""
-    rest = ""
+def is_text(path):
+    """Whether a file is UTF-8 text from beginning to end."""
     try:
-        with open(path, encoding="utf-8-sig") as file:  # a mark at the start is Windows'
-            while new := file.read(size):
-                rest += new
-                word_end = re.match(r"(?s).*\S(?=[ \n])", rest)  # the last one
-                if word_end:
-                    yield word_end[0]
-                    rest = rest[word_end.end():]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{str(path)!r} is not UTF-8 text ({error}): leave it out, or convert it") from None
-    yield rest
+        with open(path, encoding="utf-8") as file:
+            while file.read(2**22):
+                pass
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def files_in(folder):
+    """The files in a folder and below, sorted; without hidden ones and those of data sets."""
+    files = []
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.is_file() and not hidden and path.suffix not in (".bin", ".pkl"):
+            files.append(path)
+    return files
+
+
+def read_pieces(path, size=2**22):
+    """
+    Yields a file's text in pieces of about `size` characters.
+
+    A piece ends with a word, before a space or newline: no token spans such a place, so the pieces
+    have the tokens of the whole.
+    """
+    text = ""
+    with open(path, encoding="utf-8-sig") as file:  # Windows may begin a file with a mark
+        while True:
+            new = file.read(size)
+            if not new:
+                break
+            text += new
+            word_end = LAST_WORD_END.match(text)
+            if word_end is not None:
+                yield text[: word_end.end()]
+                text = text[word_end.end() :]
+    yield text
 
 
 if tokens not in ("characters", "gpt2"):
-    raise ValueError(f"tokens={tokens!r} is none of 'characters', 'gpt2'")
-if not 0 < val_share < 1:
-    raise ValueError(f"val_share={val_share} is out of range: it must lie between 0 and 1")
-files = []
-for path in map(Path, paths):
-    inside = sorted(child for child in path.rglob("*") if child.is_file() and child.suffix not in (".bin", ".pkl"))  # of an earlier run
-    files += [child for child in inside if not any(part[0] == "." for part in child.relative_to(path).parts)] if path.is_dir() else [path]
-if not files:
-    raise ValueError("which text? name files or folders: python data/text/prepare.py my.txt")
+    raise ValueError(f"tokens={tokens!r} must be 'characters' or 'gpt2'")
+if not 0 < val_frac < 1:
+    raise ValueError(f"val_frac={val_frac} must be between 0 and 1")
+if not paths:
+    raise ValueError("no text given; name files or folders: python data/text/prepare.py my.txt")
 
+files = []
+skipped = 0
+for path in map(Path, paths):
+    if path.is_dir():
+        for file in files_in(path):
+            if is_text(file):
+                files.append(file)
+            else:
+                skipped += 1
+    elif not path.is_file():
+        raise ValueError(f"{str(path)!r} is neither a file nor a folder; check the path")
+    elif is_text(path):
+        files.append(path)
+    else:
+        raise ValueError(f"{str(path)!r} is not UTF-8 text; convert it or leave it out")
+if skipped > 0:
+    print(f"skipped {skipped} files that are not UTF-8 text")
+if not files:
+    raise ValueError(f"no text found in {', '.join(paths)}; name other files or folders")
 os.makedirs(out_dir, exist_ok=True)
+
 if tokens == "characters":
-    print(write_characters(out_dir, "\n".join("".join(pieces(path)) for path in files), 1 - val_share))
+    text = "\n".join(path.read_text(encoding="utf-8-sig") for path in files)
+    print(write_characters(out_dir, text, val_frac))
     sys.exit()
 
-bpe, total = gpt2_bpe(), 0
-train, val = (os.path.join(out_dir, f"{split}.bin") for split in ("train", "val"))
-with whole(train) as train_scrap, whole(val) as val_scrap:
-    with open(train_scrap, "wb") as out, tqdm(total=sum(path.stat().st_size for path in files), unit="B", unit_scale=True,
-                                              disable=not sys.stderr.isatty()) as bar:
+bpe = gpt2_bpe()
+end_of_text = np.array([bpe.eot_token], dtype="<u2")
+total_bytes = sum(path.stat().st_size for path in files)
+bar = tqdm(total=total_bytes, unit="B", unit_scale=True, disable=None)
+with atomic_write(*dataset_paths(out_dir)) as (_, val_tmp, train_tmp), bar:
+    with open(train_tmp, "wb") as file:
         for path in files:
-            for piece in pieces(path):
+            for piece in read_pieces(path):
                 try:
-                    ids = bpe.encode_to_numpy(piece, allowed_special=set(), disallowed_special=())
-                except ValueError as error:  # at a megabyte of spaces it gives up
-                    raise ValueError(f"the tokenizer cannot take {str(path)!r}: {error}; leave it out") from None
-                total += out.write(ids.astype("<u2").tobytes()) // 2
+                    file.write(encode_gpt2(bpe, piece))
+                except ValueError as error:
+                    raise ValueError(f"{str(path)!r}: {error}; leave it out") from None
                 bar.update(len(piece.encode()))
-            total += out.write(np.array([bpe.eot_token], "<u2").tobytes()) // 2
-    cut = total - max(1, int(total * val_share))
-    if cut < 1:
-        raise ValueError(f"of {total} tokens, val_share={val_share} leaves none to train on: take more text, or a smaller share")
-    np.memmap(train_scrap, "<u2", "r")[cut:].tofile(val_scrap)
-    os.truncate(train_scrap, 2 * cut)
-Path(out_dir, "meta.pkl").unlink(missing_ok=True)  # of characters, before
-print(f"{len(files)} files; train.bin {cut:,} tokens, val.bin {total - cut:,}")
+            file.write(end_of_text)
+        total = file.tell() // 2
+    val_tokens = max(1, int(total * val_frac))
+    train_tokens = total - val_tokens
+    if train_tokens < 1:
+        raise ValueError(f"cannot split {total} tokens with val_frac={val_frac}; use more text")
+    np.memmap(train_tmp, dtype="<u2", mode="r")[train_tokens:].tofile(val_tmp)
+    os.truncate(train_tmp, 2 * train_tokens)
+print(f"train.bin {train_tokens:,} tokens, val.bin {val_tokens:,}")

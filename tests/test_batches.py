@@ -1,0 +1,128 @@
+"""Batches: a pure function of seed, stream and iteration, whatever else a run does."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import newest, read_log, world
+
+from model import GPT
+
+TRAIN, EVAL_TRAIN, EVAL_VAL = range(3)  # streams
+
+
+def all_sequences(get_batch, stream, iteration, num_micro_steps):
+    """The x of all micro-batches of an iteration, together."""
+    micro_batches = []
+    for micro_step in range(num_micro_steps):
+        x, _ = get_batch("train", stream, iteration, micro_step, num_micro_steps)
+        micro_batches.append(x)
+    return torch.cat(micro_batches)
+
+
+def test_a_batch_depends_on_seed_stream_and_iteration_alone(train):
+    get_batch = train("a", "--max_iters=0")["get_batch"]
+    sequences = all_sequences(get_batch, TRAIN, 5, 4)
+    assert sequences.shape == (12, 8)
+    get_batch("val", EVAL_VAL, 0)  # as in an evaluation
+    assert torch.equal(all_sequences(get_batch, TRAIN, 5, 4), sequences)
+    assert not torch.equal(all_sequences(get_batch, TRAIN, 6, 4), sequences)
+    assert not torch.equal(all_sequences(get_batch, EVAL_TRAIN, 5, 4), sequences)
+    other_seed = train("b", "--max_iters=0", "--seed=2")["get_batch"]
+    assert not torch.equal(all_sequences(other_seed, TRAIN, 5, 4), sequences)
+
+
+def test_the_split_into_micro_batches_does_not_change_the_sequences(train):
+    small = train("a", "--max_iters=0")["get_batch"]  # 4 x 3 sequences
+    large = train("b", "--max_iters=0", "--batch_size=6", "--gradient_accumulation_steps=2")
+    sequences = all_sequences(small, TRAIN, 5, 4)
+    assert torch.equal(all_sequences(large["get_batch"], TRAIN, 5, 2), sequences)
+
+
+def test_targets_are_the_next_tokens_of_the_data(train, dataset):
+    x, y = train("a", "--max_iters=0")["get_batch"]("train", TRAIN, 5, 3, 4)
+    assert x.shape == y.shape == (3, 8)
+    assert torch.equal(x[:, 1:], y[:, :-1])
+    data = (dataset / "train.bin").read_bytes()
+    for row in range(3):
+        window = torch.cat([x[row], y[row, -1:]]).numpy().astype("<u2")
+        assert window.tobytes() in data
+
+
+def test_offsets_are_uniform_and_reach_both_ends(train, tmp_path):
+    for split in ("train", "val"):
+        np.arange(20, dtype=np.uint16).tofile(tmp_path / f"{split}.bin")
+    options = ["--max_iters=0", f"--dataset={tmp_path}", "--n_embd=2", "--n_layer=1"]
+    get_batch = train("a", *options)["get_batch"]
+    offsets = torch.cat([get_batch("train", TRAIN, i)[0][:, 0] for i in range(2000)])
+    counts = torch.bincount(offsets)
+    assert len(counts) == 20 - 8
+    assert counts.min() > 400 and counts.max() < 600  # 6000 draws of 12 offsets
+
+
+def test_the_gradient_is_that_of_the_mean_loss_over_the_global_batch(train, monkeypatch):
+    """Against one pass over all sequences of iteration 0."""
+    grads = {}
+
+    def record_grads(optimizer):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                grads[parameter] = parameter.grad.clone()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", record_grads)  # the weights stay
+        result = train("a", "--max_iters=1", "--grad_clip=0.0")
+    model = result["model"]
+    micro_batches = [result["get_batch"]("train", TRAIN, 0, k, 4) for k in range(4)]
+    x = torch.cat([x for x, _ in micro_batches])
+    y = torch.cat([y for _, y in micro_batches])
+    loss = model(x, y)[1]
+    loss.backward()
+    assert float(read_log(result["out_dir"])[1]["loss"]) == pytest.approx(loss.item(), abs=1e-6)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(grads[parameter], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def whole_split_loss(model, path, num_sequences):
+    """The mean loss over the first sequences of 7 tokens of a file."""
+    ids = np.fromfile(path, np.uint16)[:num_sequences * 7 + 1].astype(np.int64)
+    ids = torch.from_numpy(ids)
+    x = ids[:-1].view(num_sequences, 7)
+    y = ids[1:].view(num_sequences, 7)
+    with torch.no_grad():
+        return model(x, y)[1].item()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_with_eval_iters_0_every_whole_sequence_of_val_counts_once(dataset, tmp_path, processes):
+    """val has 2000 tokens: 285 sequences of 7 (95 batches of 3, or 71 of 4 and one of 1)."""
+    for batch_size in (3, 4):
+        out_dir = tmp_path / str(batch_size)
+        world(processes, f"--dataset={dataset}", f"--out_dir={out_dir}", "--eval_iters=0",
+              "--block_size=7", "--max_iters=1", f"--batch_size={batch_size}")
+        model = GPT.from_state(newest(out_dir)["model_args"], newest(out_dir)["model"]).eval()
+        last = read_log(out_dir)[-1]
+        for split in ("train", "val"):
+            expected = whole_split_loss(model, dataset / f"{split}.bin", 285)
+            assert float(last[f"{split}_loss"]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_with_eval_iters_0_a_train_split_shorter_than_val_works(train, dataset, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in ("meta.pkl", "val.bin"):
+        (folder / name).write_bytes((dataset / name).read_bytes())
+    (folder / "train.bin").write_bytes((dataset / "val.bin").read_bytes()[:2 * 100])
+    result = train("a", f"--dataset={folder}", "--eval_iters=0", "--max_iters=1", "--block_size=7")
+    assert result["num_eval_sequences"] == 14  # 99 targets
+    expected = whole_split_loss(result["model"].eval(), folder / "train.bin", 14)
+    last = read_log(tmp_path / "a")[-1]
+    # of both splits the same part, and here they begin alike
+    for column in ("train_loss", "val_loss"):
+        assert float(last[column]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_reading_batches_leaves_the_global_generators_alone(train):
+    get_batch = train("a", "--max_iters=0")["get_batch"]
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    get_batch("train", TRAIN, 0)
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert np.array_equal(np.random.get_state()[1], numpy_state)

@@ -1,0 +1,167 @@
+"""What a run shows and logs: its lines, log.csv, time left, wandb."""
+
+import csv
+import math
+import os
+import re
+import resource
+import sys
+import time
+import types
+
+import pytest
+import torch
+from conftest import newest, read_log
+
+from model import GPT
+
+
+def test_a_run_learns_and_leaves_its_files(train, run, tmp_path):
+    train("a", "--max_iters=60", "--lr_decay_iters=60", "--eval_interval=20", "--log_interval=10")
+    pattern = r"^step (\d+): train loss ([\d.]+), val loss ([\d.]+)(?:, saved ckpt.pt)?$"
+    steps = re.findall(pattern, run.out, re.M)
+    assert [int(step) for step, _, _ in steps] == [0, 20, 40, 60]
+    assert float(steps[0][2]) == pytest.approx(math.log(28), abs=0.1)
+    assert float(steps[-1][2]) < 2.8
+    pattern = r"^iter (\d+): loss [\d.]+, time [\d.]+ms, [\d,]+ tokens/s(?:, 0:00:\d\d left)?$"
+    assert re.findall(pattern, run.out, re.M) == ["0", "10", "20", "30", "40", "50"]
+    assert sorted(os.listdir(tmp_path / "a")) == [".lock", "ckpt.pt", "log.csv"]
+
+    rows = [(row["iter"], bool(row["val_loss"])) for row in read_log(tmp_path / "a")]
+    assert rows == [("0", True), ("0", False), ("10", False), ("20", True), ("20", False),
+                    ("30", False), ("40", True), ("40", False), ("50", False), ("60", True)]
+    losses = [float(row["val_loss"]) for row in read_log(tmp_path / "a") if row["val_loss"]]
+    assert newest(tmp_path / "a")["best_val_loss"] == min(losses)
+    assert f"best val loss {min(losses):.4f} at iteration 60, time 0:00:0" in run.out
+
+
+def test_time_and_time_left_by_hand(train, run, tmp_path, monkeypatch):
+    """By a clock on which an update takes 2 seconds, an evaluation 30 and saving 100."""
+    now = 0.0
+
+    def pass_time(owner, name, seconds):
+        function = getattr(owner, name)
+
+        def slower(*args, **kwargs):
+            nonlocal now
+            now += seconds
+            return function(*args, **kwargs)
+        monkeypatch.setattr(owner, name, slower)
+    pass_time(torch.nn.utils, "get_total_norm", 2)
+    pass_time(GPT, "eval", 30)
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    train("a")  # 8 updates, evaluations at 0, 3, 6 and 8
+    speed = ", time 2000.00ms, 48 tokens/s"  # 96 tokens in an update
+    left = re.findall(rf"^iter (\d): loss [\d.]+{speed}(?:, ([\d:]+) left)?$", run.out, re.M)
+    assert left == [
+        ("0", ""),  # the first update is slower than the others
+        ("1", "0:01:42"),  # 6 updates and 3 evaluations
+        ("2", "0:01:40"),
+        ("3", "0:01:08"),  # 4 updates and 2 evaluations
+        ("4", "0:01:06"),
+        ("5", "0:01:04"),
+        ("6", "0:00:32"),  # 1 update and 1 evaluation
+        ("7", "0:00:30"),
+    ]
+    with open(tmp_path / "a/log.csv", newline="") as file:
+        times = [row["time_ms"] for row in csv.DictReader(file) if row["loss"]]
+    assert times == ["2000.0"] * 8
+    train("a", "--init_from=resume", "--max_iters=10")
+    left = re.findall(rf"^iter (\d): loss [\d.]+{speed}(?:, ([\d:]+) left)?$", run.out, re.M)
+    assert left == [("8", ""), ("9", "0:00:30")]
+
+
+def test_resume_replaces_the_rows_that_it_writes_again(train, tmp_path):
+    """Among them a line that a crash has cut short."""
+    train("a")
+    train("b", "--max_iters=6")
+    with open(tmp_path / "b/log.csv", "a") as file:
+        file.write("6,,,9.9,0.01,1.0,1,1,\n7,,,9.9")
+    train("b", "--init_from=resume")
+    assert read_log(tmp_path / "b") == read_log(tmp_path / "a")
+
+
+@pytest.fixture
+def small_disk():
+    """small_disk(size): no file may grow beyond `size` bytes. Stands for a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_the_run_goes_on_when_log_csv_cannot_be_written(train, run, tmp_path, small_disk):
+    """A log that is larger than a checkpoint, and the limit between the two."""
+    train("a", "--max_iters=6")
+    log_path = tmp_path / "a/log.csv"
+    with open(log_path, "a") as file:
+        file.write("5,,,,,,,,\n" * 50000)
+    small_disk(log_path.stat().st_size + 100)
+    train("a", "--init_from=resume")
+    assert f"note: cannot write {log_path}: " in run.out
+    assert newest(tmp_path / "a")["iter_num"] == 8
+    assert "to sample: " in run.out
+
+
+# ---- wandb ----
+
+
+class FakeWandb:
+    """Stands for the module and for its run, and remembers what it is asked to do."""
+
+    Error = RuntimeError
+    id = "run1"
+
+    def __init__(self):
+        self.options, self.metrics, self.rows = [], [], []
+
+    def init(self, **options):
+        self.options.append(options)
+        return self
+
+    def define_metric(self, name, step_metric=None):
+        self.metrics.append((name, step_metric))
+
+    def log(self, row, **options):
+        assert not options  # with step=..., wandb would drop rows of an earlier step
+        self.rows.append(row)
+
+
+def test_wandb_gets_evaluations_and_iterations_with_iter_as_their_axis(
+        train, tmp_path, monkeypatch):
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    train("a", "--wandb_log=True", "--wandb_project=p", "--wandb_run_name=n", "--max_iters=1")
+    assert wandb.options[0]["project"] == "p" and wandb.options[0]["name"] == "n"
+    assert wandb.options[0]["config"]["n_layer"] == 2
+    assert wandb.metrics == [("*", "iter")]
+    evaluation = {"iter", "train/loss", "val/loss", "lr"}
+    iteration = {"iter", "loss", "lr", "grad_norm", "tokens_per_s", "time_ms", "mfu"}
+    assert [set(row) for row in wandb.rows] == [evaluation, iteration, evaluation]
+    assert [row["iter"] for row in wandb.rows] == [0, 0, 1]
+
+    train("a", "--wandb_log=True", "--init_from=resume", "--max_iters=2")
+    assert [options["id"] for options in wandb.options] == [None, "run1"]
+    assert wandb.options[1]["resume"] == "allow"
+
+
+def test_wandb_itself_changes_nothing_and_continues_its_run(train, tmp_path, monkeypatch):
+    import wandb
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    weights = train("plain", "--dropout=0.2")["model"].state_dict()
+    train("a", "--dropout=0.2", "--wandb_log=True", "--max_iters=3")
+    wandb.teardown()
+    result = train("a", "--dropout=0.2", "--wandb_log=True", "--init_from=resume")
+    wandb.teardown()
+    other_weights = result["model"].state_dict()
+    for name in weights:
+        assert torch.equal(weights[name], other_weights[name]), name
+    files = [path.name for path in tmp_path.glob("wandb/offline-run-*/run-*.wandb")]
+    assert files == [f"run-{newest(tmp_path / 'a')['wandb_id']}.wandb"] * 2
+
+
+def test_wandb_that_fails_is_named_in_one_line(train, monkeypatch):
+    def init(**options):
+        raise RuntimeError("no API key")
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, Error=RuntimeError))
+    with pytest.raises(ValueError, match="wandb: no API key .*WANDB_MODE=offline"):
+        train("a", "--wandb_log=True")

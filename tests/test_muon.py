@@ -1,0 +1,153 @@
+"""The optimizer alone, against torch.optim.Muon and a case worked by hand."""
+
+import pytest
+import torch
+
+import muon
+from muon import Muon
+
+# (n_layer, n_embd) -> matrices of GPT-2's blocks
+TINY = (1, 48)
+SIZES = [TINY, (2, 160), (4, 128), (1, 384)]
+LARGE = [(6, 384), (12, 768)]
+
+
+def make_params(n_layer, n_embd):
+    generator = torch.Generator().manual_seed(0)
+    params = []
+    for _ in range(n_layer):
+        for rows, columns in ((3, 1), (1, 1), (4, 1), (1, 4)):
+            weight = torch.randn(rows * n_embd, columns * n_embd, generator=generator)
+            params.append(torch.nn.Parameter(0.02 * weight))
+    return params
+
+
+def set_grads(seed, *models):
+    """The same random gradients for the parameters of each model."""
+    generator = torch.Generator().manual_seed(seed)
+    for params in zip(*models, strict=True):
+        grad = 1e-3 * torch.randn(params[0].shape, generator=generator)
+        for param in params:
+            param.grad = grad.clone()
+
+
+def make_torch_muon(params, lr=0.01, weight_decay=0.1):
+    return torch.optim.Muon(
+        params, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
+
+
+def assert_same_training(ours, our_params, theirs, their_params, steps, seed=0):
+    """Both optimizers take `steps` steps at a varying learning rate and agree bit for bit."""
+    for step in range(steps):
+        set_grads(seed + step, our_params, their_params)
+        for optimizer in (ours, theirs):
+            optimizer.param_groups[0]["lr"] = 0.01 / (1 + step)
+            optimizer.step()
+    for a, b in zip(our_params, their_params, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(ours.state[a]["momentum_buffer"], theirs.state[b]["momentum_buffer"])
+
+
+@pytest.mark.parametrize(
+    "n_layer, n_embd",
+    [*SIZES, *[pytest.param(*size, marks=pytest.mark.slow) for size in LARGE]],
+)
+def test_equals_torch_bit_for_bit(n_layer, n_embd):
+    ours, theirs = make_params(n_layer, n_embd), make_params(n_layer, n_embd)
+    steps = 4 if n_embd < 768 else 1
+    our_muon = Muon(ours, lr=0.01, weight_decay=0.1)
+    assert_same_training(our_muon, ours, make_torch_muon(theirs), theirs, steps)
+
+
+def test_large_matrices_one_by_one_equal_a_stack(monkeypatch):
+    stacked, single = make_params(2, 160), make_params(2, 160)
+    set_grads(0, stacked, single)
+    Muon(stacked).step()
+    monkeypatch.setattr(muon, "CPU_STACK_LIMIT", 0)
+    Muon(single).step()
+    assert all(torch.equal(a, b) for a, b in zip(stacked, single, strict=True))
+
+
+@pytest.mark.parametrize("from_torch", [True, False])
+def test_state_moves_between_torch_and_ours(tmp_path, from_torch):
+    """A checkpoint of one optimizer continues in the other as in itself."""
+    makers = [make_torch_muon, Muon] if from_torch else [Muon, make_torch_muon]
+    params, other_params = make_params(*TINY), make_params(*TINY)
+    optimizer, other = makers[0](params), makers[1](other_params)
+    for seed in range(2):
+        set_grads(seed, params)
+        optimizer.step()
+
+    torch.save((params, optimizer.state_dict()), tmp_path / "state.pt")
+    saved_params, state = torch.load(tmp_path / "state.pt", weights_only=True)
+    with torch.no_grad():
+        for param, saved in zip(other_params, saved_params, strict=True):
+            param.copy_(saved)
+    other.load_state_dict(state)
+    assert_same_training(optimizer, params, other, other_params, steps=2, seed=2)
+
+
+def test_matrix_with_known_singular_vectors():
+    """
+    The gradient is 3 u₁v₁ᵀ + 1 u₂v₂ᵀ with unit vectors along the axes. Orthogonalized it is about
+    u₁v₁ᵀ + u₂v₂ᵀ, whatever the singular values; the update is lr · 0.2 · √(longer side) times that.
+    """
+    param = torch.nn.Parameter(torch.zeros(4, 2))
+    param.grad = torch.tensor([[0.0, 3.0], [0.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
+    grad = param.grad.clone()
+    Muon([param], lr=0.5, weight_decay=0.0).step()
+    update = -param.detach() / (0.5 * 0.2 * 2)
+    assert 0.65 < update[0, 1] < 1.25
+    assert 0.65 < update[2, 0] < 1.25
+    update[0, 1] = 0
+    update[2, 0] = 0
+    assert torch.equal(update, torch.zeros(4, 2))
+    assert torch.equal(param.grad, grad)  # left alone, as optimizers do
+
+
+def test_singular_values_are_near_one_in_both_orientations():
+    for shape in ((48, 16), (16, 48), (24, 24)):
+        x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+        singular_values = torch.linalg.svdvals(muon.orthogonalize(x))
+        assert singular_values.max() < 1.25
+        assert singular_values[:, :-2].min() > 0.65  # a square matrix may have some near 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_weight_decay_is_decoupled(dtype):
+    """Decay shrinks the weights by lr · weight_decay; the orthogonalized update is without it."""
+    decayed, plain = make_params(*TINY), make_params(*TINY)
+    before = [param.detach().clone() for param in plain]
+    set_grads(0, decayed, plain)
+    Muon(decayed, lr=0.1, weight_decay=0.5, dtype=dtype).step()
+    Muon(plain, lr=0.1, weight_decay=0.0, dtype=dtype).step()
+    for a, b, old in zip(decayed, plain, before, strict=True):
+        torch.testing.assert_close(b - a, 0.05 * old, rtol=0, atol=1e-7)
+
+
+def test_dtype_is_that_of_the_iterations_and_survives_loading(monkeypatch):
+    computed_in = []
+    orthogonalize = muon.orthogonalize
+
+    def record_dtype(stack):
+        computed_in.append(stack.dtype)
+        return orthogonalize(stack)
+
+    monkeypatch.setattr(muon, "orthogonalize", record_dtype)
+    params = make_params(*TINY)
+    optimizer = Muon(params, dtype=torch.float32)
+    optimizer.load_state_dict(Muon(make_params(*TINY)).state_dict())
+    set_grads(0, params)
+    optimizer.step()
+    assert set(computed_in) == {torch.float32}
+
+
+def test_parameters_without_gradient_stay():
+    params = make_params(*TINY)
+    before = params[0].detach().clone()
+    set_grads(0, params)
+    params[0].grad = None
+    optimizer = Muon(params)
+    optimizer.step()
+    assert torch.equal(params[0], before) and params[0] not in optimizer.state

@@ -1,0 +1,85 @@
+"""Updates: their learning rate, their number, and which optimizer makes them."""
+
+import math
+
+import pytest
+import torch
+from conftest import newest, read_log
+
+RATES = ["--max_iters=0", "--learning_rate=1.0", "--min_lr=0.2"]
+
+
+def assert_rates(get_lr, expected):
+    for iteration, lr in expected.items():
+        assert get_lr(iteration) == pytest.approx(lr), iteration
+
+
+def test_cosine_by_hand(train):
+    get_lr = train("a", *RATES, "--warmup_iters=4", "--lr_decay_iters=12")["get_lr"]
+    a_quarter_down = 0.2 + 0.8 * (1 + math.sqrt(0.5)) / 2
+    assert_rates(get_lr, {0: 0.2, 3: 0.8, 4: 1.0, 6: a_quarter_down, 8: 0.6, 12: 0.2, 1000: 0.2})
+
+
+@pytest.mark.parametrize("lr_decay_iters", [2, 4])
+def test_a_decay_that_ends_before_the_warmup(train, lr_decay_iters):
+    get_lr = train("a", *RATES, "--warmup_iters=4", f"--lr_decay_iters={lr_decay_iters}")["get_lr"]
+    assert_rates(get_lr, {3: 0.8, 4: 0.2, 5: 0.2})
+
+
+def test_without_decay_the_rate_is_constant(train):
+    get_lr = train("a", *RATES, "--warmup_iters=4", "--decay_lr=False")["get_lr"]
+    assert_rates(get_lr, {0: 1.0, 4: 1.0, 1000: 1.0})
+
+
+@pytest.mark.parametrize("decay_frac, expected", [
+    (0.5, {0: 0.2, 3: 0.8, 4: 1.0, 10: 1.0, 15: 0.6, 19: 0.28, 20: 0.2, 1000: 0.2}),
+    (0.0, {0: 0.2, 4: 1.0, 19: 1.0, 20: 0.2}),
+    (1.0, {3: 0.8, 4: 1.0, 12: 0.6, 20: 0.2}),  # all that the warm-up leaves
+])
+def test_wsd_by_hand(train, decay_frac, expected):
+    get_lr = train("a", *RATES, "--warmup_iters=4", "--lr_decay_iters=20", "--lr_schedule=wsd",
+                   f"--decay_frac={decay_frac}")["get_lr"]
+    assert_rates(get_lr, expected)
+
+
+def test_the_optimizers_use_the_rate_of_their_update(train, tmp_path):
+    """The last update of 3 with warmup_iters=2 is the first at the full rate."""
+    result = train("a", "--max_iters=3", "--optimizer_type=muon", "--muon_lr_scale=3.0")
+    rates = [float(row["lr"]) for row in read_log(tmp_path / "a") if row["loss"]]
+    assert rates == pytest.approx([0.01 / 3, 0.02 / 3, 0.01])
+    for name, scale in (("optimizer", 1), ("muon", 3)):
+        for group in result["optimizers"][name].param_groups:
+            assert group["lr"] == pytest.approx(0.01 * scale)
+
+
+@pytest.mark.parametrize("max_iters", [0, 1, 5])
+def test_a_run_makes_exactly_max_iters_updates(train, tmp_path, max_iters):
+    result = train("a", f"--max_iters={max_iters}")
+    assert result["iter_num"] == max_iters
+    steps = [state["step"] for state in result["adamw"].state.values()]
+    assert all(step == max_iters for step in steps) and bool(steps) == (max_iters > 0)
+    if max_iters > 0:
+        assert newest(tmp_path / "a")["iter_num"] == max_iters
+
+
+def test_muon_updates_the_matrices_of_the_blocks_and_adamw_the_rest(train):
+    options = ["--optimizer_type=muon", "--muon_lr_scale=3.0", "--weight_decay=0.0",
+               "--warmup_iters=0"]
+    model = train("a", *options, "--max_iters=0")["model"]
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    result = train("b", *options, "--max_iters=1")
+    owners = {}
+    for key, optimizer in result["optimizers"].items():
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                assert parameter not in owners
+                owners[parameter] = key
+    for name, parameter in result["model"].named_parameters():
+        is_block_matrix = ".h." in name and parameter.dim() == 2
+        assert owners[parameter] == ("muon" if is_block_matrix else "optimizer"), name
+        update = (parameter.detach() - before[name]) / 0.01  # learning_rate
+        if is_block_matrix:  # all singular values near muon_lr_scale * 0.2 * sqrt(larger side)
+            values = torch.linalg.svdvals(update) / (3.0 * 0.2 * math.sqrt(max(parameter.shape)))
+            assert values.max() < 1.3 and values.median() > 0.6, name
+        elif "wte" in name:
+            assert update.abs().max() < 1.01
