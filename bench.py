@@ -185,8 +185,10 @@ model = GPT(model_config).eval().to(device, amp_dtype)
 train_tflops = model.flops_per_token() * batch_size * block_size / times["ours"] / 1e12
 mfu = model.estimate_mfu(batch_size, times["ours"])
 results.update(matmul_tflops=matmul_tflops, train_tflops=train_tflops, mfu=mfu)
-print(f"train     {train_tflops:.2f} TFLOP/s, {train_tflops / matmul_tflops:.0%} of the product's, "
-      f"mfu {mfu}", flush=True)
+line = f"train     {train_tflops:.2f} TFLOP/s, {train_tflops / matmul_tflops:.0%} of the product's"
+if mfu is not None:
+    line += f", mfu {mfu:.1%}"
+print(line, flush=True)
 
 # ---- sampling ----
 
