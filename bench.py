@@ -47,7 +47,6 @@ tokens = 100  # per sample; 0: no sampling
 num_samples = 1  # drawn in one batch
 tokenize_mb = 10  # megabytes of text to tokenize, roughly; 0: none
 compare = False  # measure baselines as well
-profile = False  # write trace.json, three training steps for Perfetto or chrome://tracing
 # machine
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto'  # 'bfloat16' where it is native, 'float16', 'float32'
@@ -63,6 +62,7 @@ if optimizer_type not in ("adamw", "muon"):
     raise ValueError(f"optimizer_type={optimizer_type!r} is none of 'adamw', 'muon'")
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for the deterministic step
+torch.utils.deterministic.fill_uninitialized_memory = False
 device, dtype, compile = runtime.setup_device(device, dtype, compile)
 device_type = device.split(":")[0]
 on_cuda = device_type == "cuda"
@@ -174,11 +174,6 @@ if compare:
     variants["baseline"] = make_baseline_step()
 times = median_times(variants, steps, 3)
 report("train", times, batch_size * block_size, "tokens/s")
-if profile:
-    with torch.profiler.profile() as trace:
-        for _ in range(3):
-            variants["ours"]()
-    trace.export_chrome_trace("trace.json")
 variants = None  # frees the models
 
 model = GPT(model_config).eval().to(device, amp_dtype)

@@ -64,8 +64,7 @@ def load_checkpoint(path):
         checkpoint["iter_num"] = int(checkpoint["iter_num"])
         checkpoint["best_val_loss"] = float(checkpoint["best_val_loss"])
         checkpoint["model_args"] = {name: checkpoint["model_args"][name] for name in MODEL_ARGS}
-        checkpoint["config"] = {key: value for key, value in checkpoint["config"].items()
-                                if type(value) in (bool, int, float, str)}
+        checkpoint["config"] = dict(checkpoint["config"])
         state = {}
         for name, tensor in checkpoint["model"].items():
             if not name.endswith(".attn.bias"):  # a causal mask of older versions of nanoGPT
@@ -126,10 +125,7 @@ def read_iter_num(path):
 
 
 def lock_run(out_dir):
-    """
-    Keeps other runs out of `out_dir` for as long as the returned file is open. Raises ValueError if
-    another run is in it.
-    """
+    """Keeps other runs out of `out_dir` as long as the returned file is open."""
     os.makedirs(out_dir, exist_ok=True)
     file = open(os.path.join(out_dir, ".lock"), "w")
     try:
@@ -286,19 +282,17 @@ def write_huggingface(model_args, state, folder):
     vocab_size = min(model_args["vocab_size"], GPT2_VOCAB_SIZE)
     tensors = {}
     for name, tensor in state.items():
-        tensor = tensor.to("cpu", torch.float32)
         if name == "lm_head.weight":
-            continue  # tied
+            continue  # tied to wte
+        tensor = tensor.to("cpu", torch.float32)
         if name.endswith("wte.weight"):
             tensor = tensor[:vocab_size]
-        elif name.endswith("wpe.weight") or name.endswith("bias"):
-            pass
-        else:
-            bias_name = name.removesuffix("weight") + "bias"
-            if bias_name not in state:
-                tensors[bias_name] = torch.zeros(tensor.size(0))
-            if name.endswith(TRANSPOSED):
-                tensor = tensor.t()
+        is_embedding = name.endswith(("wte.weight", "wpe.weight"))
+        bias_name = name.removesuffix("weight") + "bias"
+        if name.endswith("weight") and not is_embedding and bias_name not in state:
+            tensors[bias_name] = torch.zeros(tensor.size(0))
+        if name.endswith(TRANSPOSED):
+            tensor = tensor.t()
         tensors[name] = tensor.contiguous()
 
     end_token = vocab_size - 1 if vocab_size == GPT2_VOCAB_SIZE else None

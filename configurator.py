@@ -121,7 +121,7 @@ def check_type(key, value, default):
     if default == "auto" and type(value) in PLAIN_TYPES:
         return value
     name = kind.__name__
-    raise ValueError(f"setting {key!r} takes type {name} (default {default!r}), got {value!r}")
+    raise ValueError(f"setting {key!r} must be of type {name} (default {default!r}), got {value!r}")
 
 
 def help_text(settings, defaults):

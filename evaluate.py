@@ -133,20 +133,21 @@ def score(batch):
                  for context, continuation in batch]
     ids = torch.zeros(len(batch), max(map(len, sequences)), dtype=torch.long)
     is_target = torch.zeros(ids.shape, dtype=torch.bool)
-    for i, sequence in enumerate(sequences):
-        first = max(1, len(sequence) - len(batch[i][1]))
-        ids[i, :len(sequence)] = torch.tensor(sequence)
-        is_target[i, first:len(sequence)] = True
-    rows, columns = is_target.nonzero().unbind(1)
-    indices = torch.stack([rows, columns - 1, ids[rows, columns]]).to(device)
+    for i, token_ids in enumerate(sequences):
+        first = max(1, len(token_ids) - len(batch[i][1]))
+        ids[i, :len(token_ids)] = torch.tensor(token_ids)
+        is_target[i, first:len(token_ids)] = True
+    sequence, position = is_target.nonzero().unbind(1)  # of each token of a continuation
+    targets = ids[sequence, position].to(device)
+    places = sequence.to(device), position.to(device) - 1  # whose logits predict the targets
     inputs = ids[:, :-1].to(device)  # (B, T)
     with autocast:
-        hidden = model.hidden(inputs)[indices[0], indices[1]]  # (tokens of continuations, C)
+        hidden = model.hidden(inputs)[places]  # (tokens of continuations, C)
         logits = model.lm_head(hidden)[:, :vocab_limit].float()
-    logprobs = -F.cross_entropy(logits, indices[2], reduction="none")
-    misses = logits.argmax(-1) != indices[2]
+    logprobs = -F.cross_entropy(logits, targets, reduction="none")
+    misses = logits.argmax(-1) != targets
     per_token = torch.stack([logprobs, misses]).cpu().double()
-    sums = torch.zeros(2, len(batch), dtype=torch.float64).index_add_(1, rows, per_token)
+    sums = torch.zeros(2, len(batch), dtype=torch.float64).index_add_(1, sequence, per_token)
     sums[1] = sums[1] == 0
     return sums
 

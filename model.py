@@ -67,7 +67,8 @@ class KVCache:
         B, nh, T, hs = k.shape
         if self.buffer is None:
             self.buffer = k.new_empty(2, B, nh, self.capacity, hs)
-        start, self.length = self.length, self.length + T
+        start = self.length
+        self.length += T
         self.buffer[0, :, :, start:self.length] = k
         self.buffer[1, :, :, start:self.length] = v
         return self.buffer[:, :, :, :self.length].unbind(0)
@@ -75,9 +76,9 @@ class KVCache:
 
 def causal_attention(q, k, v, dropout):
     """
-    Causal attention of q, k, v (B, nh, T, hs) as two batched matrix products. In bfloat16 on CPUs
-    it is faster than scaled_dot_product_attention, which does not use their matrix units, most of
-    all in the backward pass. Needs memory for B * nh matrices of T x T.
+    Causal attention of q, k, v (B, nh, T, hs) as two batched matrix products. On CPUs in bfloat16
+    this is faster than scaled_dot_product_attention, which does not use the CPU's matrix units,
+    above all in the backward pass. Memory: B * nh matrices of T x T.
     """
     T, hs = q.shape[-2:]
     q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (B * nh, T, hs)
@@ -103,11 +104,12 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)  # (B, nh, length, hs)
         dropout = self.dropout if self.training else 0.0
-        if q.dtype == torch.bfloat16 and q.device.type == "cpu" and cache is None:
-            y = causal_attention(q, k, v, dropout).view(q.shape)
-        else:
-            # With a cache, either the whole prompt is read, or one token that sees all before it.
+        on_cpu_in_bfloat16 = q.dtype == torch.bfloat16 and q.device.type == "cpu"
+        if cache is not None or not on_cpu_in_bfloat16:
+            # With a cache, T > 1 is the whole prompt, and T == 1 a token that sees all before it.
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
+        else:
+            y = causal_attention(q, k, v, dropout).view(q.shape)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
@@ -174,7 +176,7 @@ class GPT(nn.Module):
     def hidden(self, idx, caches=None):
         """
         Token ids (B, T) to the output of the last layer norm (B, T, C). With `caches`, one KVCache
-        a layer, `idx` continues the tokens that they hold.
+        a layer, `idx` continues the cached tokens.
         """
         start = caches[0].length if caches else 0
         end = start + idx.size(1)
@@ -189,9 +191,8 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None):
         """
-        `idx` and `targets` are token ids (B, T); targets of -1 are ignored. Returns (logits, None)
-        without targets, logits (B, T, V), and (None, mean cross entropy in nats) with targets.
-        note: with targets there are no logits, so that autograd need not keep a gradient of zeros.
+        Maps token ids `idx` (B, T) to (logits, None), logits (B, T, V). With `targets` (B, T), -1
+        being ignored, returns (None, mean cross entropy in nats): the logits can then be freed.
         """
         logits = self.lm_head(self.hidden(idx))
         if targets is None:
@@ -215,8 +216,8 @@ class GPT(nn.Module):
 
     def estimate_mfu(self, fwdbwd_per_iter, dt):
         """
-        Model FLOPs utilization: the fraction of the device's peak FLOP/s that `fwdbwd_per_iter`
-        sequences of block_size tokens in `dt` seconds amount to. None if the peak is not known.
+        Model FLOPs utilization: the model's FLOP/s as a fraction of the device's peak, when
+        `fwdbwd_per_iter` sequences of block_size tokens take `dt` seconds. None if it is unknown.
         """
         peak = peak_flops(self.lm_head.weight.device)
         if peak is None:
@@ -280,7 +281,7 @@ class GPT(nn.Module):
         capacity = min(block_size, idx.size(1) + max_new_tokens)
         caches = [KVCache(capacity) for _ in range(self.config.n_layer)]
         context = idx[:, -block_size:]  # the latest tokens
-        unread = context  # what the caches do not hold yet
+        unread = context  # tokens not yet in the caches
         ended = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
         for step in range(1, max_new_tokens + 1):
             if caches[0].length + unread.size(1) > block_size:
@@ -294,7 +295,7 @@ class GPT(nn.Module):
                 token = token.masked_fill(ended, stop_token)
                 ended |= token == stop_token
             yield token
-            # Asking the device means waiting for it, so ask seldom.
+            # Reading from the device waits for it, so check only every 16 tokens.
             if stop_token is not None and step % 16 == 0 and ended.all():
                 return
             unread = token
@@ -352,23 +353,19 @@ def sample_token(logits, temperature, top_k, top_p):
     """Draws one token for each sequence from float logits (B, V); returns (B, 1)."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    use_top_k = bool(top_k) and top_k < logits.size(-1)
-    use_top_p = top_p is not None and top_p < 1
-    tokens = None  # ids of the candidates, if these are not the whole vocabulary
-    if use_top_k or use_top_p:
-        k = top_k if use_top_k else logits.size(-1)
-        logits, tokens = logits.topk(k)  # (B, k), descending
-    # at most 0, so that a tiny temperature does not overflow
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
-    if use_top_p:
+    k = logits.size(-1)
+    if top_k:
+        k = min(top_k, k)
+    logits, tokens = logits.topk(k)  # (B, k), most probable first
+    # Subtracting the largest keeps a tiny temperature from overflowing.
+    logits = (logits - logits[:, :1]) / temperature
+    if top_p is not None and top_p < 1:
         probs = logits.softmax(-1)
         probs_before = probs.cumsum(-1) - probs
         logits[probs_before >= top_p] = -math.inf
     # The Gumbel-max trick. torch.multinomial would wait for the device, to check its input.
     noise = torch.empty_like(logits).exponential_().clamp_min_(1e-10)
     choice = (logits - noise.log()).argmax(-1, keepdim=True)
-    if tokens is None:
-        return choice
     return tokens.gather(1, choice)
 
 

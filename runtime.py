@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -89,6 +90,8 @@ def setup_device(device, dtype, compile, local_rank=0, deterministic=False):
     if compile == "auto":
         compile = device_type == "cuda"
 
+    for number_type in (np.float32, np.float64):
+        np.finfo(number_type)  # looked up later, it makes numpy before 2.3 warn about denormals
     torch.set_flush_denormal(True)  # CPUs are tens of times slower with numbers below 1e-38
     # TF32 for those matrix products that stay in float32
     torch.set_float32_matmul_precision("high" if device_type == "cuda" else "highest")
@@ -144,7 +147,7 @@ def compiler_works(device):
         torch.compile(lambda x: x.sin().sum())(x).backward()
     except Exception as error:  # a missing compiler can raise anything
         cause = " ".join(str(error).split())
-        print(f"torch.compile does not work here, going on without it: {cause}", file=sys.stderr)
+        print(f"torch.compile fails here, continuing without it: {cause}", file=sys.stderr)
         return False
     return True
 

@@ -24,14 +24,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 import runtime
-from checkpoint import (
-    atomic_write,
-    back_up_run,
-    load_optimizer,
-    lock_run,
-    newest_checkpoint,
-    save_checkpoint,
-)
+from checkpoint import back_up_run, load_optimizer, lock_run, newest_checkpoint, save_checkpoint
 from configurator import configure, given_settings
 from data.common import fingerprint, open_tokens, prepare_hint, read_meta
 from model import GPT, GPTConfig
@@ -50,7 +43,7 @@ wandb_log = False
 wandb_project = 'owt'
 wandb_run_name = 'gpt2'
 # data: the global batch is gradient_accumulation_steps * batch_size sequences of block_size tokens
-dataset = 'openwebtext'  # a folder in data/, or a path
+dataset = 'openwebtext'  # a folder in data/, or an absolute path
 gradient_accumulation_steps = 5 * 8  # micro-steps per update, shared by all processes
 batch_size = 12  # sequences per micro-batch
 block_size = 1024  # tokens per sequence
@@ -63,12 +56,12 @@ bias = False  # in linear layers and layer norms
 # optimizer
 optimizer_type = 'adamw'  # 'muon': Muon for the matrices of the blocks, AdamW for the rest
 muon_lr_scale = 2.0  # Muon's learning rate, in multiples of learning_rate
-learning_rate = 6e-4  # the highest
+learning_rate = 6e-4  # peak
 max_iters = 600000  # updates in total
 weight_decay = 1e-1  # of matrices and embeddings
 beta1 = 0.9
 beta2 = 0.95
-grad_clip = 1.0  # largest gradient norm; 0: no clipping
+grad_clip = 1.0  # clip gradients to this norm; 0: off
 # learning rate
 decay_lr = True  # False: constant, without warm-up
 warmup_iters = 2000  # updates
@@ -83,7 +76,7 @@ dtype = 'auto'  # 'bfloat16' where it is native, 'float16', 'float32'
 compile = 'auto'  # True, False; 'auto': on CUDA
 # exactness
 seed = 1337
-deterministic = False  # bitwise on CUDA, slower; CPUs need it with four or more processes only
+deterministic = False  # bitwise on CUDA, slower; on CPUs needed only from four processes on
 
 config = configure(globals())
 
@@ -100,7 +93,7 @@ if optimizer_type not in ("adamw", "muon"):
 if lr_schedule not in ("cosine", "wsd"):
     raise ValueError(f"lr_schedule={lr_schedule!r} is none of 'cosine', 'wsd'")
 
-# ---- what to start from ----
+# ---- starting point ----
 
 rank, local_rank, world_size = runtime.process_ranks()
 master_process = rank == 0  # the one that prints, logs and saves
@@ -119,16 +112,18 @@ if init_from in ("resume", "auto"):
                          "--out_dir, or start with --init_from=scratch")
 if checkpoint:
     # Given settings win, the others come from the checkpoint, except those of this machine.
-    of_this_machine = ("out_dir", "init_from", "eval_only", "device", "compile", "backend")
-    for key, old_value in checkpoint["config"].items():
-        if key not in config or key in of_this_machine:
+    machine_settings = ("out_dir", "init_from", "eval_only", "device", "compile", "backend")
+    for key, old_value in (checkpoint["config"] | checkpoint["model_args"]).items():
+        if key not in config or key in machine_settings:
             continue
         is_shape = key in checkpoint["model_args"] and key != "dropout"
-        if is_shape or key not in given_settings:
-            config[key] = old_value
-        elif config[key] != old_value:
+        is_changed = key in given_settings and config[key] != old_value
+        if is_changed and not is_shape:
             print(f"note: {key} was {old_value!r} and is {config[key]!r} from here on")
-    config["block_size"] = checkpoint["model_args"]["block_size"]
+            continue
+        if is_changed:
+            print(f"note: {key} stays {old_value!r}: the model's shape is the checkpoint's")
+        config[key] = old_value
     globals().update(config)
 
 # ---- processes and device ----
@@ -149,31 +144,35 @@ stop_signal = 0
 
 
 def say(text):
-    """Prints a line. Where nobody reads any more (a closed pipe or terminal), the run is saved."""
+    """Prints a line. A closed pipe saves and stops the run: Ctrl-C also ends `| tee log`."""
     global stop_signal
     try:
         print(text, flush=True)
     except OSError:
-        stop_signal = signal.SIGTERM
+        if stop_signal == 0:
+            stop_signal = signal.SIGTERM
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def on_signal(number, frame):
     """Asks the loop to stop after this update. A second Ctrl-C ends the process at once."""
     global stop_signal
-    # note: torchrun passes every Ctrl-C on twice
-    if number == stop_signal == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ:
+    is_second_ctrl_c = number == signal.SIGINT and stop_signal == signal.SIGINT
+    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ  # it passes every Ctrl-C on twice
+    if is_second_ctrl_c and not under_torchrun:
         raise KeyboardInterrupt
     stop_signal = number
     if master_process:
         with contextlib.suppress(OSError):
-            os.write(2, b"stopping after this update or evaluation (Ctrl-C again: at once)\n")
+            os.write(2, b"finishing the current update, then saving (Ctrl-C again: quit now)\n")
 
 
 if not eval_only:
-    for name in ("SIGTERM", "SIGINT", "SIGHUP"):
-        if hasattr(signal, name):  # Windows has no SIGHUP
-            signal.signal(getattr(signal, name), on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, on_signal)
+    has_sighup = hasattr(signal, "SIGHUP")  # Windows does not
+    if has_sighup and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+        signal.signal(signal.SIGHUP, on_signal)
 
 # ---- data ----
 
@@ -181,46 +180,27 @@ TRAIN, EVAL_TRAIN, EVAL_VAL, DROPOUT = range(4)  # streams of random bits
 meta = read_meta(dataset)
 itos = meta.get("itos", {}) if meta else None  # the characters; {}: an unknown tokenizer's tokens
 data_vocab_size = meta["vocab_size"] if meta else 50257  # without meta.pkl, GPT-2's tokens
-num_tokens = min(len(open_tokens(dataset, split, block_size)) for split in ("train", "val"))
+shorter_split = min(len(open_tokens(dataset, split, block_size)) for split in ("train", "val"))
 data_fingerprint = fingerprint(dataset)
-num_eval_sequences = (num_tokens - 1) // block_size  # of each split, if eval_iters is 0
+num_eval_sequences = eval_iters * batch_size  # of each split
+if eval_iters == 0:
+    num_eval_sequences = (shorter_split - 1) // block_size
 micro_steps = range(rank, gradient_accumulation_steps, world_size)  # those of this process
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 
 
 def random_bits(stream, iteration, count, micro_step=0):
-    """
-    `count` random 64-bit integers, a pure function of (seed, stream, iteration, micro_step): Philox
-    is a counter-based generator (Salmon et al. 2011).
-    """
+    """`count` random 64-bit integers, a function of the arguments and the seed alone."""
+    # Philox is a counter-based generator (Salmon et al. 2011).
     counter = (0, 0, micro_step, iteration)
     return np.random.Philox(key=(seed, stream), counter=counter).random_raw(count)
 
 
-def get_batch(split, stream, iteration, micro_step=0, num_micro_steps=1):
-    """
-    One of the `num_micro_steps` micro-batches of an iteration: token ids x, and the ids that follow
-    them y, both (batch_size, block_size) on the device. The offsets of the global batch are drawn
-    together, so that they do not depend on who reads which part.
-    """
-    # A new memory map each time: an old one keeps every page that it has read in memory.
-    tokens = open_tokens(dataset, split, block_size)
-    bits = random_bits(stream, iteration, num_micro_steps * batch_size)
-    # Modulo favours low offsets by less than 1e-9, and is the same in every version of numpy.
-    offsets = (bits % (len(tokens) - block_size)).astype(np.int64)
-    offsets = offsets[micro_step * batch_size:(micro_step + 1) * batch_size]  # (B,)
-    return load_sequences(tokens, offsets)
-
-
-def get_sequential_batch(split, k):
-    """Batch `k` of a split, read in order; the last one may have fewer sequences."""
-    tokens = open_tokens(dataset, split, block_size)
-    first = k * batch_size
-    sequences = np.arange(first, min(first + batch_size, num_eval_sequences))
-    return load_sequences(tokens, sequences * block_size)
-
-
 def load_sequences(tokens, offsets):
+    """
+    The token ids at `offsets` (B,) of a split, x, and the ids that follow them, y: (B, T) each, on
+    the device.
+    """
     windows = offsets[:, None] + np.arange(block_size + 1)  # (B, T + 1)
     ids = tokens[windows].astype(np.int64)
     if ids.max() >= data_vocab_size:
@@ -231,6 +211,28 @@ def load_sequences(tokens, offsets):
         ids = ids.pin_memory()
     ids = ids.to(device, non_blocking=True)
     return ids[:, :-1], ids[:, 1:]
+
+
+def get_batch(split, stream, iteration, micro_step=0):
+    """
+    A micro-batch of an iteration, x and y (batch_size, block_size). The offsets of the whole global
+    batch are one sequence of random numbers, so it makes no difference which process reads what.
+    """
+    # A new memory map each time: an old one keeps every page that it has read in memory.
+    tokens = open_tokens(dataset, split, block_size)
+    first = micro_step * batch_size
+    bits = random_bits(stream, iteration, first + batch_size)[first:]  # (B,)
+    # Modulo favours low offsets by less than 1e-9, and is the same in every version of numpy.
+    offsets = (bits % (len(tokens) - block_size)).astype(np.int64)
+    return load_sequences(tokens, offsets)
+
+
+def get_sequential_batch(split, k):
+    """Batch `k` of a split, read in order; the last one may have fewer sequences."""
+    tokens = open_tokens(dataset, split, block_size)
+    first = k * batch_size
+    sequences = np.arange(first, min(first + batch_size, num_eval_sequences))
+    return load_sequences(tokens, sequences * block_size)
 
 
 # ---- model and optimizers ----
@@ -313,27 +315,26 @@ if world_size > 1 and not eval_only:
 @torch.no_grad()
 def estimate_loss():
     """{'train': loss, 'val': loss}, each the mean over the same batches every time."""
-    num_batches = eval_iters or math.ceil(num_eval_sequences / batch_size)
-    losses = torch.zeros(2, num_batches, device=device)
+    num_batches = math.ceil(num_eval_sequences / batch_size)
     next_report = time.perf_counter() + 60  # seconds
+    means = {}
     compiled_model.eval()
-    for row, (split, stream) in enumerate((("train", EVAL_TRAIN), ("val", EVAL_VAL))):
-        my_batches = range(rank, num_batches, world_size)
-        for k in tqdm(my_batches, f"evaluating on {split}", leave=False, delay=2,
-                      disable=not on_terminal):
-            x, y = get_batch(split, stream, k) if eval_iters else get_sequential_batch(split, k)
+    for split, stream in (("train", EVAL_TRAIN), ("val", EVAL_VAL)):
+        batch_losses = torch.zeros(num_batches, device=device)
+        for k in tqdm(range(rank, num_batches, world_size), f"evaluating on {split}", leave=False,
+                      delay=2, disable=not on_terminal):
+            x, y = get_batch(split, stream, k) if eval_iters > 0 else get_sequential_batch(split, k)
             with autocast:
-                loss = compiled_model(x, y)[1]
-            losses[row, k] = loss * (len(x) / batch_size)  # a short batch counts for less
+                _, loss = compiled_model(x, y)
+            batch_losses[k] = loss * (len(x) / batch_size)  # a short last batch counts for less
             if time.perf_counter() > next_report and not on_terminal:
-                say(f"evaluating on {split}: {k} of {num_batches} batches")
+                say(f"evaluating on {split}, batch {k} of {num_batches}")
                 next_report += 60
+        # One process's value plus zeros for each batch: no sum depends on the number of processes.
+        runtime.all_reduce_sum(batch_losses)
+        means[split] = batch_losses.cpu().double().sum().item() / (num_eval_sequences / batch_size)
     compiled_model.train()
-    # Every element is one process's value plus zeros, so the sum does not depend on their number.
-    runtime.all_reduce_sum(losses)
-    num_full_batches = eval_iters or num_eval_sequences / batch_size
-    train_loss, val_loss = (losses.cpu().double().sum(1) / num_full_batches).tolist()
-    return {"train": train_loss, "val": val_loss}
+    return means
 
 
 def get_lr(iteration):
@@ -362,8 +363,8 @@ log_path = os.path.join(out_dir, "log.csv")
 picture_path = os.path.join(out_dir, "loss.png")
 
 
-def open_log():
-    """Opens log.csv to append to, without the lines that this run is going to write (again)."""
+def trim_log():
+    """Starts log.csv, or keeps those lines that a resumed run is not going to write again."""
     lines = [",".join(COLUMNS) + "\n"]
     if os.path.exists(log_path):
         with open(log_path, errors="replace") as file:
@@ -372,9 +373,9 @@ def open_log():
                 is_complete = line.endswith("\n") and iteration.isdecimal()
                 if is_complete and int(iteration) < iter_num:
                     lines.append(line)
-    with atomic_write(log_path) as file:
-        file.write("".join(lines).encode())
-    return open(log_path, "a", newline="")
+    with open(log_path + ".tmp", "w", newline="") as file:
+        file.writelines(lines)
+    os.replace(log_path + ".tmp", log_path)
 
 
 compiled = ", compiled" if compile else ""
@@ -382,12 +383,11 @@ say(f"{model.get_num_params(False) / 1e6:.2f}M parameters, "
     f"{tokens_per_iter:,} tokens per iteration, "
     f"{world_size} x {device_type} in {dtype}{compiled}, from iteration {iter_num}")
 if iter_num >= max_iters > 0 and not eval_only:
-    say(f"this run is complete: raise max_iters={max_iters} to train on")
+    say(f"this run is complete: raise max_iters={max_iters} to continue")
 if master_process and not eval_only:
     if saved_iter is None:
         back_up_run(out_dir)
-    log_file = open_log()
-    log_writer = csv.DictWriter(log_file, COLUMNS, lineterminator="\n")
+    trim_log()
     if wandb_log:
         import wandb
         try:
@@ -404,8 +404,8 @@ def log_metrics(**row):
     if not master_process:
         return
     try:
-        log_writer.writerow(row)
-        log_file.flush()
+        with open(log_path, "a", newline="") as file:
+            csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
     except OSError as error:
         say(f"note: cannot write {log_path}: {error}")
     if wandb_log:
@@ -430,20 +430,19 @@ def save(name):
 
 stopping = False
 first_iter = iter_num
-interval_seconds, interval_updates = 0.0, 0  # since the last log line
+num_updates = 0  # since the last log line
 eval_seconds = None  # of the latest evaluation
 start_time = time.perf_counter()
-x, y = get_batch("train", TRAIN, iter_num, micro_steps[0], gradient_accumulation_steps)
-t0 = time.perf_counter()
+x, y = get_batch("train", TRAIN, iter_num, micro_steps[0])
+t0 = time.perf_counter()  # time of the last log line; evaluations move it on
 while True:
     last_step = iter_num >= max_iters
     lr = get_lr(iter_num)
 
     # Evaluate, and save the best model or the latest.
     if eval_only or last_step or iter_num % eval_interval == 0:
-        runtime.synchronize(device)
-        t1 = time.perf_counter()
-        interval_seconds += t1 - t0  # the optimizer's work, still under way
+        runtime.synchronize(device)  # the optimizer's work is part of the update
+        eval_start = time.perf_counter()
         losses = estimate_loss()
         line = f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}"
         if eval_only:
@@ -460,30 +459,33 @@ while True:
                 line += ", saved last.pt"
         say(line)
         log_metrics(iter=iter_num, train_loss=losses["train"], val_loss=losses["val"], lr=lr)
-        t0 = time.perf_counter()
-        eval_seconds = t0 - t1
-    if last_step or stopping:
+        eval_seconds = time.perf_counter() - eval_start
+        t0 += eval_seconds
+    if last_step:
         break
 
-    # ---- timed from here ----
-    for name, optimizer in optimizers.items():
+    # ---- the update, from here ----
+    for key, optimizer in optimizers.items():
+        lr_scale = muon_lr_scale if key == "muon" else 1.0
         for group in optimizer.param_groups:
-            group["lr"] = lr * muon_lr_scale if name == "muon" else lr
+            group["lr"] = lr * lr_scale
     loss_sum = torch.zeros((), device=device)
     for micro_step in micro_steps:
         if dropout > 0:
-            dropout_seed = random_bits(DROPOUT, iter_num, 1, micro_step)[0] >> 1
-            torch.manual_seed(int(dropout_seed))
+            dropout_seed = int(random_bits(DROPOUT, iter_num, 1, micro_step)[0])
+            torch.manual_seed(dropout_seed >> 1)
         # Gradients are averaged over the processes once, in the last backward pass.
         is_last_micro_step = micro_step == micro_steps[-1]
         accumulating = world_size > 1 and not is_last_micro_step
         with ddp_model.no_sync() if accumulating else contextlib.nullcontext():
             with autocast:
-                micro_loss = ddp_model(x, y)[1] / len(micro_steps)
-            # The next batch is fetched while the device is busy with this one.
-            next_iter = iter_num + 1 if is_last_micro_step else iter_num
-            next_step = micro_steps[0] if is_last_micro_step else micro_step + world_size
-            x, y = get_batch("train", TRAIN, next_iter, next_step, gradient_accumulation_steps)
+                _, micro_loss = ddp_model(x, y)
+                micro_loss = micro_loss / len(micro_steps)
+            # Fetch the next micro-batch while the device is busy with this one.
+            if is_last_micro_step:
+                x, y = get_batch("train", TRAIN, iter_num + 1, micro_steps[0])
+            else:
+                x, y = get_batch("train", TRAIN, iter_num, micro_step + world_size)
             scaler.scale(micro_loss).backward()
         loss_sum += micro_loss.detach()
     for optimizer in optimizers.values():
@@ -492,9 +494,9 @@ while True:
 
     # The one collective besides the gradients', and the one wait for the device.
     stop_flag = torch.full((), float(stop_signal > 0), device=device)
-    report = runtime.all_reduce_sum(torch.stack([loss_sum, total_norm, stop_flag])) / world_size
-    loss, grad_norm, stop_share = report.tolist()
-    stopping = stop_share > 0
+    stats = runtime.all_reduce_sum(torch.stack([loss_sum, total_norm, stop_flag]))
+    loss, grad_norm, stop_frac = (stats / world_size).tolist()
+    stopping = stop_frac > 0
 
     # Nothing that is not finite may reach the weights, on any process.
     nonfinite = not math.isfinite(loss + grad_norm)
@@ -503,28 +505,27 @@ while True:
         scaler.update()
         finding_scale = scale >= 1 and scaler.get_scale() < scale  # float16's scaler is starting
         skipped += 1
-        skipped_in_a_row += 0 if finding_scale else 1
+        if not finding_scale:
+            skipped_in_a_row += 1
     else:
-        if 0 < grad_clip < grad_norm:
+        if grad_clip > 0 and grad_norm > grad_clip:
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, total_norm)
         for optimizer in optimizers.values():
             scaler.step(optimizer)
         scaler.update()
         skipped_in_a_row = 0
     model.zero_grad()
-    t1 = time.perf_counter()
-    interval_seconds += t1 - t0
-    interval_updates += 1
-    t0 = t1
+    num_updates += 1
     # ---- to here ----
 
     if nonfinite:
         say(f"iter {iter_num}: loss or gradient is not finite, update skipped ({skipped} so far)")
     if iter_num % log_interval == 0:
-        dt = interval_seconds / interval_updates
+        t1 = time.perf_counter()
+        dt = (t1 - t0) / num_updates  # seconds per update
+        t0, num_updates = t1, 0
         tokens_per_s = tokens_per_iter / dt
         mfu = model.estimate_mfu(len(micro_steps) * batch_size, dt)
-        interval_seconds, interval_updates = 0.0, 0
         line = f"iter {iter_num}: loss {loss:.4f}, time {dt * 1000:.2f}ms"
         if mfu is not None:
             line += f", mfu {mfu:.2%}"
@@ -542,13 +543,10 @@ while True:
 
 # ---- the end ----
 
-stopped_early = stopping and not last_step
 diverged = skipped_in_a_row == 10 or (last_step and not math.isfinite(losses["val"]))
 if not (eval_only or diverged or saved_iter == iter_num):
     save("last.pt")
 if master_process and not eval_only:
-    with contextlib.suppress(OSError):  # log_metrics has told
-        log_file.close()
     seconds = int(time.perf_counter() - start_time)
     say(f"best val loss {best_val_loss:.4f} at iteration {best_iter}, "
         f"time {datetime.timedelta(seconds=seconds)}")
@@ -557,23 +555,23 @@ if master_process and not eval_only:
         say(f"losses drawn in {picture_path}")
     except Exception as error:  # a picture is no reason to fail
         say(f"note: {picture_path} was not drawn: {error}")
-    if stopped_early:
+    if stopping:
         name = signal.Signals(stop_signal or signal.SIGTERM).name
         say(f"stopped by {name} before iteration {iter_num}; to go on: "
             f"python train.py --out_dir={out_dir} --init_from=resume")
     elif not diverged:
         say(f"to sample: python sample.py --out_dir={out_dir}")
 if world_size > 1:
-    # None leaves before the checkpoint is written: torchrun would end the others.
+    # Wait until rank 0 has written: torchrun kills the others once one exits with an error.
     runtime.all_reduce_sum(torch.zeros(1, device=device))
     dist.destroy_process_group()
 if diverged and not eval_only:
     if not master_process:
         sys.exit(1)
-    again = "scratch" if saved_iter is None else f"resume (goes on from iteration {saved_iter})"
-    uncompiled = ", or with --compile=False" if compile else ""
+    restart = "scratch" if saved_iter is None else f"resume (continues at iteration {saved_iter})"
+    uncompiled = "with --compile=False, or " if compile else ""
     raise ValueError(f"loss or gradient is not finite at iteration {iter_num - 1}, after {skipped} "
-                     f"skipped updates: start again with --init_from={again} and another "
-                     f"learning_rate or dtype{uncompiled}")
-if stopped_early:
+                     f"skipped updates: start again with --init_from={restart}, {uncompiled}with a "
+                     "lower learning_rate or another dtype")
+if stopping:
     sys.exit(128 + (stop_signal or signal.SIGTERM))

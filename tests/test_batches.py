@@ -14,7 +14,7 @@ def all_sequences(get_batch, stream, iteration, num_micro_steps):
     """The x of all micro-batches of an iteration, together."""
     micro_batches = []
     for micro_step in range(num_micro_steps):
-        x, _ = get_batch("train", stream, iteration, micro_step, num_micro_steps)
+        x, _ = get_batch("train", stream, iteration, micro_step)
         micro_batches.append(x)
     return torch.cat(micro_batches)
 
@@ -39,7 +39,7 @@ def test_the_split_into_micro_batches_does_not_change_the_sequences(train):
 
 
 def test_targets_are_the_next_tokens_of_the_data(train, dataset):
-    x, y = train("a", "--max_iters=0")["get_batch"]("train", TRAIN, 5, 3, 4)
+    x, y = train("a", "--max_iters=0")["get_batch"]("train", TRAIN, 5, 3)
     assert x.shape == y.shape == (3, 8)
     assert torch.equal(x[:, 1:], y[:, :-1])
     data = (dataset / "train.bin").read_bytes()
@@ -71,7 +71,7 @@ def test_the_gradient_is_that_of_the_mean_loss_over_the_global_batch(train, monk
         patch.setattr(torch.optim.AdamW, "step", record_grads)  # the weights stay
         result = train("a", "--max_iters=1", "--grad_clip=0.0")
     model = result["model"]
-    micro_batches = [result["get_batch"]("train", TRAIN, 0, k, 4) for k in range(4)]
+    micro_batches = [result["get_batch"]("train", TRAIN, 0, k) for k in range(4)]
     x = torch.cat([x for x, _ in micro_batches])
     y = torch.cat([y for _, y in micro_batches])
     loss = model(x, y)[1]

@@ -190,7 +190,7 @@ def test_values_from_the_command_line(text, default, expected):
     ("[1]", "auto"),
 ])
 def test_wrong_values_from_the_command_line(text, default):
-    with pytest.raises(ValueError, match=f"'key' takes type {type(default).__name__}"):
+    with pytest.raises(ValueError, match=f"'key' must be of type {type(default).__name__}"):
         check_type("key", parse_value(text, default), default)
 
 
@@ -208,7 +208,7 @@ def test_numbers_from_a_config_file_become_the_type_of_the_default(value, defaul
     (float("nan"), 0.1), (float("nan"), 1), ([1], "auto"), (None, "auto"),
 ])
 def test_wrong_values_from_a_config_file(value, default):
-    with pytest.raises(ValueError, match=f"'key' takes type {type(default).__name__}"):
+    with pytest.raises(ValueError, match=f"'key' must be of type {type(default).__name__}"):
         check_type("key", value, default)
 
 
@@ -238,7 +238,7 @@ def raising(error):
 
 def test_mistakes_and_system_errors_are_one_line(printed):
     mistake = printed(lambda: check_type("batch_size", 1.5, 12))
-    assert mistake == "error: setting 'batch_size' takes type int (default 12), got 1.5\n"
+    assert mistake == "error: setting 'batch_size' must be of type int (default 12), got 1.5\n"
     assert printed(lambda: open("nowhere.txt")).startswith("error: [Errno 2] No such file")
     assert printed(raising(KeyboardInterrupt())) == "stopped\n"
     assert printed(raising(OSError("two\nlines"))) == "error: two lines\n"

@@ -254,7 +254,7 @@ def test_openwebtext_ends_with_its_workers_and_keeps_the_old_files(
     assert (out_dir / "train.bin").read_bytes() == b"old"
     if signum == signal.SIGKILL:
         assert list(out_dir.glob("*.tmp"))
-        with common.atomic_write(*common.dataset_paths(out_dir)):
+        with common.replace_files(*common.dataset_paths(out_dir)):
             assert not list(out_dir.glob("*.tmp"))
     else:
         assert err.splitlines()[-1].startswith("stopped") and "Traceback" not in err, err
@@ -343,7 +343,7 @@ def test_text_names_what_is_wrong(run, tmp_path, arguments, named):
 def test_an_interrupted_write_leaves_the_old_files(tmp_path):
     (tmp_path / "a").write_text("old a")
     with pytest.raises(RuntimeError):
-        with common.atomic_write(tmp_path / "a", tmp_path / "b") as (a_tmp, _):
+        with common.replace_files(tmp_path / "a", tmp_path / "b") as (a_tmp, _):
             Path(a_tmp).write_text("half")
             raise RuntimeError("interrupted")
     assert (tmp_path / "a").read_text() == "old a"
@@ -367,7 +367,7 @@ def test_a_killed_write_never_mixes_old_and_new_files(tmp_path, monkeypatch, fun
         original(*paths)
 
     with pytest.raises(KeyboardInterrupt):
-        with common.atomic_write(*common.dataset_paths(tmp_path)) as tmp_paths:
+        with common.replace_files(*common.dataset_paths(tmp_path)) as tmp_paths:
             for tmp_path_of_file in tmp_paths:
                 Path(tmp_path_of_file).write_text("new")
             monkeypatch.setattr(os, function, dies)
@@ -381,7 +381,7 @@ def test_a_killed_write_never_mixes_old_and_new_files(tmp_path, monkeypatch, fun
 def test_temporary_files_of_killed_runs_are_removed(tmp_path):
     (tmp_path / "train.bin.123.tmp").write_text("half")
     (tmp_path / "other.tmp").write_text("not ours")
-    with common.atomic_write(tmp_path / "train.bin") as (train_tmp,):
+    with common.replace_files(tmp_path / "train.bin") as (train_tmp,):
         Path(train_tmp).write_text("new")
     assert sorted(os.listdir(tmp_path)) == ["other.tmp", "train.bin"]
 

@@ -77,7 +77,7 @@ def test_ten_in_a_row_end_the_run_and_write_nothing(train, tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         poison(patch, range(4 * 3, 1000), where)  # from update 3 on
         # update 12 is the tenth; the evaluation at 12 has saved the weights, which are finite
-        with pytest.raises(ValueError, match=r"iteration 12\b.*resume.*from iteration 12\b"):
+        with pytest.raises(ValueError, match=r"iteration 12\b.*resume.*at iteration 12\b"):
             train("a", *options)
     checkpoint = newest(tmp_path / "a")
     assert checkpoint["iter_num"] == 12 and steps(checkpoint) == {3}

@@ -133,7 +133,7 @@ def test_completed_run_says_so_when_resumed(train, run, tmp_path):
     train("a")
     before = newest(tmp_path / "a"), read_log(tmp_path / "a")
     train("a", "--init_from=resume")
-    assert "this run is complete: raise max_iters=8 to train on\n" in run.out
+    assert "this run is complete: raise max_iters=8 to continue\n" in run.out
     assert "iter " not in run.out.replace("iteration", "")
     assert_same_state(newest(tmp_path / "a"), before[0])
     assert read_log(tmp_path / "a") == before[1]

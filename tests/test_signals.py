@@ -18,7 +18,7 @@ from conftest import (
 )
 
 LONG = [*TINY, "--dropout=0.1", "--max_iters=60", "--eval_interval=10", "--n_embd=32"]
-NOTICE = "stopping after this update or evaluation (Ctrl-C again: at once)\n"
+NOTICE = "finishing the current update, then saving (Ctrl-C again: quit now)\n"
 
 
 def num_lines(out_dir):

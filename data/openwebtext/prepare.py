@@ -29,7 +29,7 @@ from huggingface_hub import constants
 from tqdm import tqdm
 
 from configurator import configure
-from data.common import atomic_write, dataset_paths, encode_gpt2, gpt2_bpe
+from data.common import dataset_paths, encode_gpt2, gpt2_bpe, replace_files
 
 files = ''  # a path or glob: .json, .jsonl or .parquet with a 'text' field; each .txt is a document
 revision = 'b4325f019c648b1641a1784748667e8b74e5e064'  # commit of Skylion007/openwebtext
@@ -140,7 +140,7 @@ if __name__ == "__main__":  # worker processes may import this file
 
     os.makedirs(out_dir, exist_ok=True)
     needed = documents.data.nbytes // 2  # bytes; English has about 4.5 bytes of text per token
-    with atomic_write(*dataset_paths(out_dir)) as (_, val_tmp, train_tmp):
+    with replace_files(*dataset_paths(out_dir)) as (_, val_tmp, train_tmp):
         free = shutil.disk_usage(out_dir).free
         if free < needed:
             raise ValueError(f"{out_dir!r} has {free / 1e6:,.0f} MB free and needs about "

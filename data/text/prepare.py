@@ -5,13 +5,11 @@ Your own text as a data set: UTF-8 files, and folders of them.
     python data/text/prepare.py my.txt notes/ --tokens=gpt2    # GPT-2's BPE
     python train.py config/train_shakespeare_char_cpu.py --dataset=text --out_dir=out-text
 
-Files are taken in the order given, those of a folder sorted by path. Folders may hold other files
-too: what is hidden or not UTF-8 text is skipped. With GPT-2's BPE each file ends with
-<|endoftext|>, and the text may be larger than memory.
+Files are read in the order given, and those of a folder in sorted order. Hidden files in folders,
+and those that are not UTF-8 text, are skipped. With GPT-2's BPE each file ends with <|endoftext|>.
 """
 
 import os
-import re
 import sys
 from pathlib import Path
 
@@ -22,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import configure
-from data.common import atomic_write, dataset_paths, encode_gpt2, gpt2_bpe, write_characters
+from data.common import dataset_paths, encode_gpt2, gpt2_bpe, replace_files, write_characters
 
 tokens = 'characters'  # or 'gpt2': GPT-2's BPE
 val_frac = 0.1  # fraction of the tokens, at the end, held out for validation
@@ -30,8 +28,6 @@ out_dir = str(HERE)  # where train.bin and val.bin go
 
 paths = []  # from the command line
 configure(globals(), paths=paths)
-
-LAST_WORD_END = re.compile(r".*\S(?=[ \n])", re.DOTALL)  # the text up to there
 
 
 def is_text(path):
@@ -53,27 +49,6 @@ def files_in(folder):
         if path.is_file() and not hidden and path.suffix not in (".bin", ".pkl"):
             files.append(path)
     return files
-
-
-def read_pieces(path, size=2**22):
-    """
-    Yields a file's text in pieces of about `size` characters.
-
-    A piece ends with a word, before a space or newline: no token spans such a place, so the pieces
-    have the tokens of the whole.
-    """
-    text = ""
-    with open(path, encoding="utf-8-sig") as file:  # Windows may begin a file with a mark
-        while True:
-            new = file.read(size)
-            if not new:
-                break
-            text += new
-            word_end = LAST_WORD_END.match(text)
-            if word_end is not None:
-                yield text[: word_end.end()]
-                text = text[word_end.end() :]
-    yield text
 
 
 if tokens not in ("characters", "gpt2"):
@@ -111,17 +86,13 @@ if tokens == "characters":
 
 bpe = gpt2_bpe()
 end_of_text = np.array([bpe.eot_token], dtype="<u2")
-total_bytes = sum(path.stat().st_size for path in files)
-bar = tqdm(total=total_bytes, unit="B", unit_scale=True, disable=None)
-with atomic_write(*dataset_paths(out_dir)) as (_, val_tmp, train_tmp), bar:
+with replace_files(*dataset_paths(out_dir)) as (_, val_tmp, train_tmp):
     with open(train_tmp, "wb") as file:
-        for path in files:
-            for piece in read_pieces(path):
-                try:
-                    file.write(encode_gpt2(bpe, piece))
-                except ValueError as error:
-                    raise ValueError(f"{str(path)!r}: {error}; leave it out") from None
-                bar.update(len(piece.encode()))
+        for path in tqdm(files, disable=None):
+            try:
+                file.write(encode_gpt2(bpe, path.read_text(encoding="utf-8-sig")))
+            except ValueError as error:
+                raise ValueError(f"{str(path)!r}: {error}; leave it out") from None
             file.write(end_of_text)
         total = file.tell() // 2
     val_tokens = max(1, int(total * val_frac))
