@@ -90,8 +90,9 @@ def test_state_moves_between_torch_and_ours(tmp_path, from_torch):
 
 def test_matrix_with_known_singular_vectors():
     """
-    The gradient is 3 u₁v₁ᵀ + 1 u₂v₂ᵀ with unit vectors along the axes. Orthogonalized it is about
-    u₁v₁ᵀ + u₂v₂ᵀ, whatever the singular values; the update is lr · 0.2 · √(longer side) times that.
+    The gradient is 3 u₁v₁ᵀ + 1 u₂v₂ᵀ with unit vectors along the axes. Orthogonalized it is
+    about u₁v₁ᵀ + u₂v₂ᵀ, whatever the singular values; the update is that, times lr · 0.2 ·
+    √(longer side).
     """
     param = torch.nn.Parameter(torch.zeros(4, 2))
     param.grad = torch.tensor([[0.0, 3.0], [0.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
