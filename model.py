@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from checkpoint import load_checkpoint, read_huggingface, write_huggingface
 from muon import Muon
-from runtime import peak_flops
+from runtime import has_native_bfloat16, peak_flops
 
 
 @dataclass
@@ -241,7 +241,10 @@ class GPT(nn.Module):
 
     def configure_muon(self, weight_decay, learning_rate):
         """Muon (Jordan et al. 2024) for the matrices of the blocks; see muon.py."""
-        return Muon(self.block_matrices(), lr=learning_rate, weight_decay=weight_decay)
+        is_cuda = self.lm_head.weight.is_cuda
+        emulates_bfloat16 = is_cuda and not has_native_bfloat16("cuda")  # V100, T4
+        dtype = torch.float32 if emulates_bfloat16 else torch.bfloat16
+        return Muon(self.block_matrices(), learning_rate, weight_decay, dtype)
 
     def block_matrices(self):
         return [p for p in self.transformer.h.parameters() if p.dim() == 2]
