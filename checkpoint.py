@@ -49,7 +49,7 @@ def save_checkpoint(checkpoint, path):
         with atomic_write(path) as file:
             torch.save(checkpoint, file)
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"cannot save {path!r}, the previous checkpoint is intact: {error} "
+        raise ValueError(f"cannot save {path!r}, earlier checkpoints are intact: {error} "
                          "(if the disk is full, make room and resume)") from None
 
 
@@ -67,6 +67,8 @@ def load_checkpoint(path):
         checkpoint["config"] = dict(checkpoint["config"])
         state = {}
         for name, tensor in checkpoint["model"].items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"{name} are not finite floating-point numbers")
             if not name.endswith(".attn.bias"):  # a causal mask of older versions of nanoGPT
                 state[name.removeprefix("_orig_mod.")] = tensor
         checkpoint["model"] = state

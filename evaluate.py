@@ -53,7 +53,7 @@ if batch_size < 1 or limit < 0:
 # ---- processes, device, model ----
 
 rank, local_rank, world_size = runtime.process_ranks()
-on_terminal = rank == 0 and sys.stderr.isatty()
+on_terminal = rank == 0 and sys.stderr is not None and sys.stderr.isatty()
 if rank > 0:
     sys.stdout = open(os.devnull, "w")
 device, dtype, _ = runtime.setup_device(device, dtype, False, local_rank)

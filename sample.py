@@ -73,7 +73,7 @@ if compile:
 if start.startswith("FILE:"):
     path = start.removeprefix("FILE:")
     try:
-        with open(0 if path == "-" else path, encoding="utf-8") as file:
+        with open(0 if path == "-" else path, encoding="utf-8-sig") as file:
             start = file.read()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read the prompt {path!r}: {error}") from None

@@ -136,8 +136,8 @@ device_type = device.split(":")[0]
 autocast = runtime.make_autocast(device, dtype)
 if backend == "auto":
     backend = "nccl" if device_type == "cuda" else "gloo"
-if backend not in ("nccl", "gloo"):
-    raise ValueError(f"backend={backend!r} is none of 'auto', 'nccl', 'gloo'")
+if backend not in ("nccl", "gloo") or (backend == "nccl" and device_type != "cuda"):
+    raise ValueError(f"backend={backend!r} must be 'gloo', or 'nccl' with GPUs")
 runtime.init_processes(rank, world_size, backend)
 
 stop_signal = 0
@@ -162,7 +162,7 @@ def on_signal(number, frame):
     if is_second_ctrl_c and not under_torchrun:
         raise KeyboardInterrupt
     stop_signal = number
-    if master_process:
+    if master_process and sys.stderr is not None:
         with contextlib.suppress(OSError):
             os.write(2, b"finishing the current update, then saving (Ctrl-C again: quit now)\n")
 
@@ -180,11 +180,13 @@ TRAIN, EVAL_TRAIN, EVAL_VAL, DROPOUT = range(4)  # streams of random bits
 meta = read_meta(dataset)
 itos = meta.get("itos", {}) if meta else None  # the characters; {}: an unknown tokenizer's tokens
 data_vocab_size = meta["vocab_size"] if meta else 50257  # without meta.pkl, GPT-2's tokens
-shorter_split = min(len(open_tokens(dataset, split, block_size)) for split in ("train", "val"))
+splits = {split: open_tokens(dataset, split, block_size) for split in ("train", "val")}
+# Kept open: a run goes on with its own data if the data set is made anew under it.
+token_files = {split: open(tokens.filename, "rb") for split, tokens in splits.items()}
 data_fingerprint = fingerprint(dataset)
 num_eval_sequences = eval_iters * batch_size  # of each split
 if eval_iters == 0:
-    num_eval_sequences = (shorter_split - 1) // block_size
+    num_eval_sequences = (min(map(len, splits.values())) - 1) // block_size
 micro_steps = range(rank, gradient_accumulation_steps, world_size)  # those of this process
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 
@@ -219,7 +221,7 @@ def get_batch(split, stream, iteration, micro_step=0):
     batch are one sequence of random numbers, so it makes no difference which process reads what.
     """
     # A new memory map each time: an old one keeps every page that it has read in memory.
-    tokens = open_tokens(dataset, split, block_size)
+    tokens = np.memmap(token_files[split], dtype="<u2", mode="r")
     first = micro_step * batch_size
     bits = random_bits(stream, iteration, first + batch_size)[first:]  # (B,)
     # Modulo favours low offsets by less than 1e-9, and is the same in every version of numpy.
@@ -229,7 +231,7 @@ def get_batch(split, stream, iteration, micro_step=0):
 
 def get_sequential_batch(split, k):
     """Batch `k` of a split, read in order; the last one may have fewer sequences."""
-    tokens = open_tokens(dataset, split, block_size)
+    tokens = np.memmap(token_files[split], dtype="<u2", mode="r")
     first = k * batch_size
     sequences = np.arange(first, min(first + batch_size, num_eval_sequences))
     return load_sequences(tokens, sequences * block_size)
@@ -287,16 +289,24 @@ if checkpoint:
     if checkpoint["data"] and checkpoint["itos"] != itos:
         raise ValueError(f"the data set {dataset!r} has other characters than the checkpoint: "
                          "resume with its own data set, or start anew")
-    if checkpoint["data"] and checkpoint["data"] != data_fingerprint:
+    is_same_data = checkpoint["data"] in (None, data_fingerprint)
+    if not is_same_data:
         print(f"note: the data set {dataset!r} is not the one that the checkpoint was trained on")
+    evaluation = ("eval_iters", "batch_size", "seed")  # what else the val loss depends on
+    if not is_same_data or any(checkpoint["config"].get(key, config[key]) != config[key]
+                               for key in evaluation):
+        print("note: evaluations change, so the best val loss starts anew")
+        best_val_loss, best_iter = 1e9, None
     checkpoint = None  # frees it
 
 if world_size > 1:
+    paths = ("out_dir", "dataset", "device")  # these may differ
+    settings = {key: value for key, value in config.items() if key not in paths}
     states = [None] * world_size
-    dist.all_gather_object(states, (iter_num, model_args))
+    dist.all_gather_object(states, (iter_num, model_args, settings, data_fingerprint))
     if any(state != states[0] for state in states):
-        raise ValueError("the processes found different checkpoints: give all of them the same "
-                         "settings and an out_dir on shared storage")
+        raise ValueError("the processes differ in their checkpoints, settings or data: give all "
+                         "of them the same ones, and an out_dir on shared storage")
 
 if dropout > 0:
     torch.backends.cuda.enable_cudnn_sdp(False)  # on Hopper it may round dropout to sixteenths
@@ -383,7 +393,7 @@ say(f"{model.get_num_params(False) / 1e6:.2f}M parameters, "
     f"{tokens_per_iter:,} tokens per iteration, "
     f"{world_size} x {device_type} in {dtype}{compiled}, from iteration {iter_num}")
 if iter_num >= max_iters > 0 and not eval_only:
-    say(f"this run is complete: raise max_iters={max_iters} to continue")
+    say(f"this run is complete: give a larger --max_iters than {max_iters} to continue")
 if master_process and not eval_only:
     if saved_iter is None:
         back_up_run(out_dir)
@@ -405,7 +415,10 @@ def log_metrics(**row):
         return
     try:
         with open(log_path, "a", newline="") as file:
-            csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            if file.tell() == 0:  # the folder was removed
+                writer.writeheader()
+            writer.writerow(row)
     except OSError as error:
         say(f"note: cannot write {log_path}: {error}")
     if wandb_log:
@@ -514,7 +527,7 @@ while True:
             scaler.step(optimizer)
         scaler.update()
         skipped_in_a_row = 0
-    model.zero_grad()
+    model.zero_grad(set_to_none=world_size == 1)  # in DDP, gradients stay in its buckets
     num_updates += 1
     # ---- to here ----
 
@@ -548,8 +561,8 @@ if not (eval_only or diverged or saved_iter == iter_num):
     save("last.pt")
 if master_process and not eval_only:
     seconds = int(time.perf_counter() - start_time)
-    say(f"best val loss {best_val_loss:.4f} at iteration {best_iter}, "
-        f"time {datetime.timedelta(seconds=seconds)}")
+    best = "" if best_iter is None else f" at iteration {best_iter}"
+    say(f"best val loss {best_val_loss:.4f}{best}, time {datetime.timedelta(seconds=seconds)}")
     try:
         draw_losses([out_dir], picture_path)
         say(f"losses drawn in {picture_path}")
@@ -565,6 +578,7 @@ if world_size > 1:
     # Wait until rank 0 has written: torchrun kills the others once one exits with an error.
     runtime.all_reduce_sum(torch.zeros(1, device=device))
     dist.destroy_process_group()
+exit_code = 128 + (stop_signal or signal.SIGTERM) if stopping else 0
 if diverged and not eval_only:
     if not master_process:
         sys.exit(1)
@@ -573,5 +587,11 @@ if diverged and not eval_only:
     raise ValueError(f"loss or gradient is not finite at iteration {iter_num - 1}, after {skipped} "
                      f"skipped updates: start again with --init_from={restart}, {uncompiled}with a "
                      "lower learning_rate or another dtype")
+if world_size > 1:
+    # note: while Python shuts down, threads of torch.distributed sometimes abort the process.
+    if master_process and wandb_log:
+        wandb_run.finish(exit_code)
+    sys.stdout.flush()
+    os._exit(exit_code)
 if stopping:
-    sys.exit(128 + (stop_signal or signal.SIGTERM))
+    sys.exit(exit_code)

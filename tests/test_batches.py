@@ -1,5 +1,7 @@
 """Batches: a pure function of seed, stream and iteration, whatever else a run does."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -118,6 +120,18 @@ def test_with_eval_iters_0_a_train_split_shorter_than_val_works(train, dataset, 
     # of both splits the same part, and here they begin alike
     for column in ("train_loss", "val_loss"):
         assert float(last[column]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_run_keeps_the_data_it_started_with(train, dataset, tmp_path):
+    """If a data set is made anew while a run is under way."""
+    folder = shutil.copytree(dataset, tmp_path / "data")
+    get_batch = train("a", f"--dataset={folder}", "--max_iters=0")["get_batch"]
+    before = get_batch("train", TRAIN, 3)
+    for path in folder.glob("*.bin"):
+        size = path.stat().st_size
+        path.unlink()
+        path.write_bytes(bytes(size))
+    assert all(map(torch.equal, before, get_batch("train", TRAIN, 3)))
 
 
 def test_reading_batches_leaves_the_global_generators_alone(train):

@@ -121,7 +121,7 @@ def test_failed_save_leaves_the_old_checkpoint_and_no_temporary_file(tmp_path, m
     def disk_full(*args):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(os, "fsync", disk_full)
-    with pytest.raises(ValueError, match="ckpt.pt.*previous checkpoint is intact.*No space left"):
+    with pytest.raises(ValueError, match="ckpt.pt.*earlier checkpoints are intact.*No space left"):
         save_checkpoint({"a": 2}, str(path))
     assert path.read_bytes() == old_content
     assert os.listdir(tmp_path) == ["ckpt.pt"]
@@ -133,7 +133,7 @@ def test_full_disk_leaves_the_old_checkpoint(out_dir, train):
     # a limit on the size of files stands for the disk
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(old_content) // 2, limits[1]))
     try:
-        with pytest.raises(ValueError, match="cannot save .*previous checkpoint is intact"):
+        with pytest.raises(ValueError, match="cannot save .*earlier checkpoints are intact"):
             train("a", "--init_from=resume")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -378,7 +378,13 @@ def test_resume_takes_the_newer_of_best_and_latest(two_checkpoints, capfd):
     assert capfd.readouterr().out == ""
 
 
-@pytest.mark.parametrize("damage", [flip_bit, truncate, compress])
+def put_nan(path):
+    saved = torch.load(path, weights_only=True)
+    saved["model"]["transformer.ln_f.weight"][0] = float("nan")
+    torch.save(saved, path)
+
+
+@pytest.mark.parametrize("damage", [flip_bit, truncate, compress, put_nan])
 @pytest.mark.parametrize("name, iter_num", [("last.pt", 3), ("ckpt.pt", 5)])
 def test_resume_passes_over_a_damaged_checkpoint(two_checkpoints, capfd, damage, name, iter_num):
     damage(two_checkpoints / name)

@@ -111,7 +111,19 @@ def test_processes_that_find_different_checkpoints_are_an_error(train, dataset, 
     result = subprocess.run([*torchrun, *script, *options], cwd=tmp_path, capture_output=True,
                             text=True, timeout=120)
     assert result.returncode == 1
-    assert "error: the processes found different checkpoints" in result.stderr
+    assert "error: the processes differ in their checkpoints, settings or data" in result.stderr
+
+
+@pytest.mark.slow
+def test_processes_with_different_settings_are_an_error(dataset, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                "--no-python", "sh", "-c", 'exec "$0" "$@" --seed=$RANK']
+    script = [sys.executable, str(ROOT / "train.py")]
+    options = [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}"]
+    result = subprocess.run([*torchrun, *script, *options], capture_output=True, text=True,
+                            timeout=120)
+    assert result.returncode == 1
+    assert "error: the processes differ" in result.stderr
 
 
 @pytest.mark.slow

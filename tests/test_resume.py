@@ -120,6 +120,15 @@ def test_the_shape_of_the_model_comes_from_the_checkpoint(train, run, tmp_path):
     assert "n_layer was" not in run.out and "block_size was" not in run.out
 
 
+@pytest.mark.parametrize("option, anew", [("--eval_iters=4", True), ("--seed=1337", False)])
+def test_a_best_loss_counts_for_the_evaluation_it_was_measured_with(train, tmp_path, option, anew):
+    train("a", "--max_iters=3")
+    best_val_loss = newest(tmp_path / "a")["best_val_loss"]
+    worse = ["--max_iters=6", "--learning_rate=9.0", "--min_lr=9.0"]
+    train("a", *worse, option, "--init_from=resume")
+    assert (newest(tmp_path / "a")["best_val_loss"] != best_val_loss) == anew
+
+
 def test_auto_starts_and_then_resumes(train, run, tmp_path):
     train("a", "--max_iters=4", "--init_from=auto")
     assert "from iteration 0\n" in run.out and newest(tmp_path / "a")["iter_num"] == 4
@@ -133,7 +142,7 @@ def test_completed_run_says_so_when_resumed(train, run, tmp_path):
     train("a")
     before = newest(tmp_path / "a"), read_log(tmp_path / "a")
     train("a", "--init_from=resume")
-    assert "this run is complete: raise max_iters=8 to continue\n" in run.out
+    assert "this run is complete: give a larger --max_iters than 8 to continue\n" in run.out
     assert "iter " not in run.out.replace("iteration", "")
     assert_same_state(newest(tmp_path / "a"), before[0])
     assert read_log(tmp_path / "a") == before[1]
