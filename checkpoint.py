@@ -315,5 +315,5 @@ def write_huggingface(model_args, state, folder):
         for name, content in (("config", config), ("generation_config", generation_config)):
             with open(os.path.join(folder, name + ".json"), "w", encoding="utf-8") as file:
                 json.dump(content, file, indent=2)
-    except Exception as error:  # safetensors has an exception of its own
+    except Exception as error:  # safetensors has its own kind of exception
         raise ValueError(f"cannot write a model to {folder!r}: {error}") from None

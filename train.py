@@ -155,7 +155,7 @@ def say(text):
 
 
 def on_signal(number, frame):
-    """Asks the loop to stop after this update. A second Ctrl-C ends the process at once."""
+    """Asks the loop to stop after this update. A second Ctrl-C ends the process."""
     global stop_signal
     is_second_ctrl_c = number == signal.SIGINT and stop_signal == signal.SIGINT
     under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ  # it passes every Ctrl-C on twice

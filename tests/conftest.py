@@ -177,7 +177,7 @@ def world(processes, *arguments):
 
 def spawn(script, *arguments, processes=None, max_restarts=0, **options):
     """
-    Starts a script in a process of its own, or with torchrun in several. Returns the Popen object,
+    Starts a script in another process, or with torchrun in several. Returns the Popen object,
     to be given to `finish`; `options` are Popen's.
     """
     command = [sys.executable]

@@ -120,7 +120,7 @@ def test_the_shape_of_the_model_comes_from_the_checkpoint(train, run, tmp_path):
     assert "n_layer was" not in run.out and "block_size was" not in run.out
 
 
-@pytest.mark.parametrize("option, anew", [("--eval_iters=4", True), ("--seed=1337", False)])
+@pytest.mark.parametrize("option, anew", [("--eval_iters=12", True), ("--seed=1337", False)])
 def test_a_best_loss_counts_for_the_evaluation_it_was_measured_with(train, tmp_path, option, anew):
     train("a", "--max_iters=3")
     best_val_loss = newest(tmp_path / "a")["best_val_loss"]
