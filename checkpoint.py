@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import sys
 import time
 import zipfile
 
@@ -259,6 +260,9 @@ def find_file(source, name):
         return os.path.join(source, name)
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.utils import disable_progress_bars
+    if sys.stderr is None or not sys.stderr.isatty():
+        disable_progress_bars()
     repo = f"openai-community/{source}"
     with contextlib.suppress(LocalEntryNotFoundError):
         return hf_hub_download(repo, name, local_files_only=True)
