@@ -292,16 +292,18 @@ if checkpoint:
     is_same_data = checkpoint["data"] in (None, data_fingerprint)
     if not is_same_data:
         print(f"note: the data set {dataset!r} is not the one that the checkpoint was trained on")
-    evaluation = ("eval_iters", "batch_size", "seed")  # what else the val loss depends on
-    if not is_same_data or any(checkpoint["config"].get(key, config[key]) != config[key]
-                               for key in evaluation):
+    is_same_evaluation = is_same_data
+    for key in ("eval_iters", "batch_size", "seed"):
+        if checkpoint["config"].get(key, config[key]) != config[key]:
+            is_same_evaluation = False
+    if not is_same_evaluation:
         print("note: evaluations change, so the best val loss starts anew")
         best_val_loss, best_iter = 1e9, None
     checkpoint = None  # frees it
 
 if world_size > 1:
-    paths = ("out_dir", "dataset", "device")  # these may differ
-    settings = {key: value for key, value in config.items() if key not in paths}
+    may_differ = ("out_dir", "dataset", "device", "wandb_run_name")  # paths, a time in a name
+    settings = {key: value for key, value in config.items() if key not in may_differ}
     states = [None] * world_size
     dist.all_gather_object(states, (iter_num, model_args, settings, data_fingerprint))
     if any(state != states[0] for state in states):
@@ -589,9 +591,8 @@ if diverged and not eval_only:
                      "lower learning_rate or another dtype")
 if world_size > 1:
     # note: while Python shuts down, threads of torch.distributed sometimes abort the process.
-    if master_process and wandb_log:
+    if master_process and wandb_log and not eval_only:
         wandb_run.finish(exit_code)
-    sys.stdout.flush()
     os._exit(exit_code)
 if stopping:
     sys.exit(exit_code)
