@@ -41,7 +41,7 @@ def checkout(tmp_path_factory):
 
 
 def start(checkout, name, *arguments, hf_home=None):
-    """Starts data/<name>/prepare.py in a process group of its own."""
+    """Starts data/<name>/prepare.py in its own process group."""
     return subprocess.Popen(
         [sys.executable, str(checkout / "data" / name / "prepare.py"), *map(str, arguments)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=checkout,

@@ -90,9 +90,8 @@ def test_state_moves_between_torch_and_ours(tmp_path, from_torch):
 
 def test_matrix_with_known_singular_vectors():
     """
-    The gradient is 3 u₁v₁ᵀ + 1 u₂v₂ᵀ with unit vectors along the axes. Orthogonalized it is
-    about u₁v₁ᵀ + u₂v₂ᵀ, whatever the singular values; the update is that, times lr · 0.2 ·
-    √(longer side).
+    The gradient has the singular values 3 and 1, with unit vectors along the axes. Orthogonalized
+    they are about 1, both; the update is that, times lr * 0.2 * sqrt(longer side).
     """
     param = torch.nn.Parameter(torch.zeros(4, 2))
     param.grad = torch.tensor([[0.0, 3.0], [0.0, 0.0], [1.0, 0.0], [0.0, 0.0]])

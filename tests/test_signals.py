@@ -69,7 +69,7 @@ def test_a_stopped_process_goes_on_exactly(dataset, undisturbed, tmp_path, numbe
     wait_for(lambda: num_lines(tmp_path) > 20)
     process.send_signal(number)
     out, err = process.communicate(timeout=100)
-    if processes == 1:  # torchrun has an exit status and messages of its own
+    if processes == 1:  # torchrun has its own exit status and messages
         assert process.returncode == 128 + number and err == NOTICE
     assert err.count(NOTICE) >= 1
     assert out.count(f"stopped by {number.name}") == 1
