@@ -11,8 +11,8 @@ the ratios of medians: times drift on a shared machine.
 The last line is JSON: the settings, torch, gpu, matmul_tflops, train_tflops, mfu (null if the peak
 is unknown) and, for each measurement, PART_VARIANT_ms (the median), PART_VARIANT_rate (tokens or
 megabytes per second) and PART_VARIANT_ratio (its time / our time). PART is train, sample or
-tokenize; VARIANT is ours, baseline, transformers, or deterministic (a training step on CUDA).
-train_ours_gib is the peak memory of our training step on CUDA.
+tokenize; VARIANT is ours, baseline or transformers. train_ours_gib is the peak memory of our
+training step on CUDA.
 """
 
 import contextlib
@@ -61,8 +61,6 @@ for key in ("steps", "batch_size", "num_samples", "tokens", "tokenize_mb"):
 if optimizer_type not in ("adamw", "muon"):
     raise ValueError(f"optimizer_type={optimizer_type!r} is none of 'adamw', 'muon'")
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for the deterministic step
-torch.utils.deterministic.fill_uninitialized_memory = False
 device, dtype, compile = runtime.setup_device(device, dtype, compile)
 device_type = device.split(":")[0]
 on_cuda = device_type == "cuda"
@@ -104,22 +102,16 @@ def report(part, medians, amount, unit):
 # ---- training ----
 
 
-def make_step(deterministic=False):
+def make_step():
     """A function that makes one update as train.py does, with a single micro-step."""
     model = GPT(model_config).to(device)
     optimizers = [model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), device_type, optimizer_type)]
     if optimizer_type == "muon":
         optimizers.append(model.configure_muon(0.1, 2e-4))
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
-    options = {}
-    if compile and deterministic:
-        from torch._inductor import config as inductor_config
-        if hasattr(inductor_config, "deterministic"):  # torch 2.10 and later
-            options["deterministic"] = True
-    compiled_model = torch.compile(model, options=options) if compile else model
+    compiled_model = torch.compile(model) if compile else model
 
     def step():
-        torch.use_deterministic_algorithms(deterministic)
         with autocast:
             loss = compiled_model(x, y)[1]
         scaler.scale(loss).backward()
@@ -134,7 +126,6 @@ def make_step(deterministic=False):
                 scaler.step(optimizer)
         scaler.update()
         model.zero_grad()
-        torch.use_deterministic_algorithms(False)
     return step
 
 
@@ -169,7 +160,6 @@ if on_cuda:
         variants["ours"]()
     results["train_ours_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     print(f"memory    ours {results['train_ours_gib']} GiB", flush=True)
-    variants["deterministic"] = make_step(deterministic=True)
 if compare:
     variants["baseline"] = make_baseline_step()
 times = median_times(variants, steps, 3)

@@ -64,6 +64,8 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         checkpoint["iter_num"] = int(checkpoint["iter_num"])
         checkpoint["best_val_loss"] = float(checkpoint["best_val_loss"])
+        if math.isnan(checkpoint["best_val_loss"]):  # no later loss would be lower
+            raise ValueError("best_val_loss is nan")
         checkpoint["model_args"] = {name: checkpoint["model_args"][name] for name in MODEL_ARGS}
         checkpoint["config"] = dict(checkpoint["config"])
         state = {}
@@ -75,10 +77,10 @@ def load_checkpoint(path):
         checkpoint["model"] = state
         if "version" not in checkpoint:  # nanoGPT's CPU runs store a float16 that they do not use
             checkpoint["config"].pop("dtype", None)
-        for key in ("skipped", "skipped_in_a_row"):
-            checkpoint.setdefault(key, 0)
-        for key in ("best_iter", "scaler", "wandb_id", "itos", "data"):
-            checkpoint.setdefault(key, None)
+        # what nanoGPT's lack
+        absent = dict(skipped=0, skipped_in_a_row=0, best_iter=None, scaler=None, wandb_id=None,
+                      itos=None, data=None)
+        checkpoint = absent | checkpoint
     except Exception as error:  # a damaged file can raise anything
         refused = re.search(r"Unsupported .*|GLOBAL \S+", str(error))  # what it tried to call
         cause = refused[0] if refused else str(error).split("\n")[0][:200]
@@ -88,7 +90,7 @@ def load_checkpoint(path):
 
 
 def check_archive(path):
-    """torch.load does not compare checksums, and maps a compressed file as if it were not."""
+    """Raises ValueError for what torch.load does not notice: flipped bits, and compression."""
     with zipfile.ZipFile(path) as archive:
         if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
             raise ValueError("the archive is compressed: save it with torch.save")

@@ -321,12 +321,15 @@ class GPT(nn.Module):
             model = cls(GPTConfig(**model_args))
         weights = {}
         try:
+            embedding = state["transformer.wte.weight"]
+            if not torch.equal(state.pop("lm_head.weight", embedding), embedding):
+                raise ValueError("lm_head.weight is not transformer.wte.weight, to which it is tied")
+            del embedding
             while state:
                 name, tensor = state.popitem()
                 if not tensor.is_floating_point() or not tensor.isfinite().all():
                     raise ValueError(f"{name} are not finite floating-point numbers")
-                if name != "lm_head.weight":
-                    weights[name] = tensor.to("cpu", torch.float32, copy=True).contiguous()
+                weights[name] = tensor.to("cpu", torch.float32, copy=True).contiguous()
             weights["lm_head.weight"] = weights["transformer.wte.weight"]
             model.load_state_dict(weights, assign=True)
         except Exception as error:  # missing, of another shape, or made by hand

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import runtime
 from checkpoint import back_up_run, load_optimizer, lock_run, newest_checkpoint, save_checkpoint
-from configurator import configure, given_settings
+from configurator import check_type, configure, given_settings
 from data.common import fingerprint, open_tokens, prepare_hint, read_meta
 from model import GPT, GPTConfig
 from plot import draw_losses
@@ -80,19 +80,6 @@ deterministic = False  # bitwise on CUDA, slower; on CPUs needed only from four 
 
 config = configure(globals())
 
-AT_LEAST_1 = ("eval_interval log_interval gradient_accumulation_steps batch_size block_size "
-              "n_layer n_head n_embd").split()
-for key, value in config.items():
-    if type(value) in (int, float):
-        minimum = 1 if key in AT_LEAST_1 else 0
-        maximum = 1 if key in ("dropout", "beta1", "beta2") else 2 ** 31
-        if not minimum <= value < maximum:
-            raise ValueError(f"{key}={value} must be at least {minimum} and below {maximum}")
-if optimizer_type not in ("adamw", "muon"):
-    raise ValueError(f"optimizer_type={optimizer_type!r} is none of 'adamw', 'muon'")
-if lr_schedule not in ("cosine", "wsd"):
-    raise ValueError(f"lr_schedule={lr_schedule!r} is none of 'cosine', 'wsd'")
-
 # ---- starting point ----
 
 rank, local_rank, world_size = runtime.process_ranks()
@@ -123,8 +110,21 @@ if checkpoint:
             continue
         if is_changed:
             print(f"note: {key} stays {old_value!r}: the model's shape is the checkpoint's")
-        config[key] = old_value
+        config[key] = check_type(key, old_value, config[key])
     globals().update(config)
+
+AT_LEAST_1 = ("eval_interval log_interval gradient_accumulation_steps batch_size block_size "
+              "n_layer n_head n_embd").split()
+for key, value in config.items():
+    if type(value) in (int, float):
+        minimum = 1 if key in AT_LEAST_1 else 0
+        maximum = 1 if key in ("dropout", "beta1", "beta2") else 2 ** 31
+        if not minimum <= value < maximum:
+            raise ValueError(f"{key}={value} must be at least {minimum} and below {maximum}")
+if optimizer_type not in ("adamw", "muon"):
+    raise ValueError(f"optimizer_type={optimizer_type!r} is none of 'adamw', 'muon'")
+if lr_schedule not in ("cosine", "wsd"):
+    raise ValueError(f"lr_schedule={lr_schedule!r} is none of 'cosine', 'wsd'")
 
 # ---- processes and device ----
 

@@ -268,18 +268,33 @@ def list_for_optimizer(saved):
     saved["optimizer"] = []
 
 
+def nan_for_best_val_loss(saved):
+    saved["best_val_loss"] = float("nan")
+
+
+def other_settings(**changes):
+    def change(saved):
+        saved["config"].update(changes)
+    return change
+
+
 UNUSABLE = [
     (without("model"), "ckpt.pt.*model"),
     (without("config"), "ckpt.pt.*config"),
     (without("optimizer"), "optimizer"),
     (text_for_best_val_loss, "ckpt.pt.*low"),
+    (nan_for_best_val_loss, "best_val_loss is nan"),
+    (other_settings(beta1=1.5), "beta1=1.5 must be at least 0 and below 1"),
+    (other_settings(grad_clip="1"), "'grad_clip' must be of type float"),
+    (other_settings(lr_schedule="step"), "lr_schedule='step' is none of"),
     (list_for_optimizer, "optimizer state"),
     (other_model_args(n_layer=3), "weights do not fit.*transformer.h.2"),
-    (other_model_args(n_head="2"), "n_head must be an integer.*'2'"),
+    (other_model_args(n_head="2"), "'n_head' must be of type int.*got '2'"),
     (other_model_args(n_embd=32), "weights do not fit"),
     (drop_weights, "weights do not fit.*transformer.ln_f.weight"),
     (add_weights, "weights do not fit.*transformer.extra"),
     (change_weights("transformer.ln_f.weight", add_nan), "ln_f.weight are not finite"),
+    (change_weights("lm_head.weight", torch.zeros_like), "lm_head.weight is not transformer.wte"),
     (change_weights("transformer.wpe.weight", torch.Tensor.int), "wpe.weight are not finite float"),
     (change_moments(add_nan), "optimizer state.*exp_avg 1 .* not finite"),
     (change_moments(torch.flatten), "optimizer state.*exp_avg 1 has shape"),
