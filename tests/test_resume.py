@@ -3,16 +3,12 @@
 import pytest
 import torch
 from conftest import (
-    HAS_GPU,
-    ON_GPU,
     TINY,
     assert_same_state,
-    finish,
     interrupt_at,
     newest,
     read_log,
     read_losses,
-    spawn,
     world,
 )
 
@@ -215,24 +211,3 @@ def test_resume_takes_the_later_checkpoint_and_keeps_the_best(train, run, tmp_pa
     assert "from iteration 8\n" in run.out
     assert newest(tmp_path / "a")["iter_num"] == 9
     assert_same_state(load(tmp_path / "a", "ckpt.pt"), best)
-
-
-# ---- GPUs ----
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not HAS_GPU, reason="no CUDA GPU")
-@pytest.mark.parametrize("compile", [False, True])
-@pytest.mark.parametrize("options", [
-    ["--dtype=bfloat16"],
-    ["--dtype=float16"],
-    ["--dtype=float16", "--optimizer_type=muon"],
-])
-def test_deterministic_cuda_run_resumes_bitwise(dataset, tmp_path, options, compile):
-    options = [*TINY, f"--dataset={dataset}", "--device=cuda", "--deterministic=True", *DROPOUT,
-               f"--compile={compile}", *options]
-    a, b = f"--out_dir={tmp_path / 'a'}", f"--out_dir={tmp_path / 'b'}"
-    finish(spawn("train.py", *options, a, env=ON_GPU))
-    finish(spawn("train.py", *options, b, "--max_iters=5", env=ON_GPU))
-    finish(spawn("train.py", *options, b, "--init_from=resume", env=ON_GPU))
-    assert_same_state(newest(tmp_path / "a"), newest(tmp_path / "b"))

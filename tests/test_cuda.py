@@ -1,0 +1,62 @@
+"""
+What needs a GPU to be seen: where a bitwise claim rests on CUDA's kernels and generators.
+
+One GPU is enough: two processes share it, and talk by gloo. The runs are just long enough for
+attention in several blocks.
+"""
+
+import pytest
+from conftest import HAS_GPU, ON_GPU, TINY, assert_same_state, finish, newest, read_log, spawn
+
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not HAS_GPU, reason="no CUDA GPU")]
+
+DROPOUT = ["--dropout=0.2"]
+MUON = ["--optimizer_type=muon", "--lr_schedule=wsd"]
+EXACT = [*TINY, "--device=cuda", "--deterministic=True", *DROPOUT, "--n_head=1", "--n_embd=64",
+         "--block_size=128"]
+# a micro-batch of two tokens: the gradients are so large that float16's scale must come down
+OVERFLOW = ["--block_size=2", "--batch_size=1", "--gradient_accumulation_steps=1"]
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("options", [
+    ["--dtype=bfloat16"],
+    ["--dtype=float16"],
+    ["--dtype=float16", *MUON],
+])
+def test_deterministic_run_resumes_bitwise(dataset, tmp_path, options, compile):
+    options = [*EXACT, f"--dataset={dataset}", f"--compile={compile}", *options]
+    a, b = f"--out_dir={tmp_path / 'a'}", f"--out_dir={tmp_path / 'b'}"
+    uninterrupted = spawn("train.py", *options, a, env=ON_GPU)
+    finish(spawn("train.py", *options, b, "--max_iters=5", env=ON_GPU))
+    finish(spawn("train.py", *options, b, "--init_from=resume", env=ON_GPU))
+    finish(uninterrupted)
+    assert_same_state(newest(tmp_path / "a"), newest(tmp_path / "b"))
+    assert read_log(tmp_path / "a") == read_log(tmp_path / "b")
+
+
+def test_the_scale_of_float16_is_lowered_and_resumed_with_two_optimizers(dataset, tmp_path):
+    options = [*EXACT, f"--dataset={dataset}", "--dtype=float16", *MUON, *OVERFLOW,
+               "--compile=False"]
+    a, b = f"--out_dir={tmp_path / 'a'}", f"--out_dir={tmp_path / 'b'}"
+    uninterrupted = spawn("train.py", *options, a, env=ON_GPU)
+    finish(spawn("train.py", *options, b, "--max_iters=5", env=ON_GPU))
+    interrupted = newest(tmp_path / "b")
+    assert interrupted["skipped"] > 0 and interrupted["scaler"]["scale"] < 65536
+    finish(spawn("train.py", *options, b, "--init_from=resume", env=ON_GPU))
+    finish(uninterrupted)
+    assert_same_state(newest(tmp_path / "a"), newest(tmp_path / "b"))
+    assert len(newest(tmp_path / "a")["muon"]["state"]) == 8  # updates have reached both
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_dropout_is_the_same_in_one_process_and_in_two(dataset, tmp_path, compile):
+    options = [*EXACT, f"--dataset={dataset}", "--dtype=float32", f"--compile={compile}"]
+    one, two = f"--out_dir={tmp_path / 'one'}", f"--out_dir={tmp_path / 'two'}"
+    finish(spawn("train.py", *options, one, env=ON_GPU))
+    finish(spawn("train.py", *options, two, "--backend=gloo", processes=2, env=ON_GPU))
+    rows = zip(read_log(tmp_path / "one"), read_log(tmp_path / "two"), strict=True)
+    for row, other_row in rows:
+        for column, cell in row.items():
+            if cell:
+                assert float(cell) == pytest.approx(float(other_row[column]), rel=1e-4), column
