@@ -19,7 +19,6 @@ import contextlib
 import importlib.util
 import json
 import math
-import os
 import statistics
 import time
 from pathlib import Path

@@ -323,7 +323,7 @@ class GPT(nn.Module):
         try:
             embedding = state["transformer.wte.weight"]
             if not torch.equal(state.pop("lm_head.weight", embedding), embedding):
-                raise ValueError("lm_head.weight is not transformer.wte.weight, to which it is tied")
+                raise ValueError("lm_head.weight is not transformer.wte.weight: it must be tied")
             del embedding
             while state:
                 name, tensor = state.popitem()

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from conftest import (
-    TINY,
     assert_same_state,
     interrupt_at,
     newest,
