@@ -59,4 +59,4 @@ def test_dropout_is_the_same_in_one_process_and_in_two(dataset, tmp_path, compil
     for row, other_row in rows:
         for column, cell in row.items():
             if cell:
-                assert float(cell) == pytest.approx(float(other_row[column]), rel=1e-4), column
+                assert float(cell) == pytest.approx(float(other_row[column]), rel=1e-3), column
