@@ -2,7 +2,8 @@
 #   python data/shakespeare_char/prepare.py
 #   python train.py config/train_shakespeare_char_15min.py
 # 12 sequences x 256 tokens x 5200 iterations = 16M tokens: the text 16 times over
-# Expect a val loss of XXX on all of val. nanoGPT reports 1.4697 for 10.7M parameters, on a GPU.
+# Expect a val loss of 1.45 to 1.46 on all of val. nanoGPT reports 1.4697 for 10.7M parameters and
+# 3 minutes of an A100.
 # Shape, rates and dropout were chosen on the last tenth of the training text, not on val.
 
 out_dir = 'out-shakespeare-char'
