@@ -80,9 +80,6 @@ if start.startswith("FILE:"):
 ids = encode(start)
 if not ids and end_token is not None:
     ids = [end_token]
-if not ids:
-    raise ValueError("start='' is no prompt for a character model: give at least one character, "
-                     "such as --start=$'\\n'")
 prompt = torch.tensor([ids], device=device).expand(num_samples, -1)  # (B, T)
 
 # ---- samples ----

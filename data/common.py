@@ -71,8 +71,6 @@ def write_characters(folder, text, val_frac=0.1):
         raise ValueError(f"cannot split {len(text)} characters with val_frac={val_frac}; "
                          "use more text")
     itos = dict(enumerate(sorted(set(text))))
-    if len(itos) > 65536:
-        raise ValueError(f"{len(itos)} different characters do not fit into uint16: use BPE tokens")
     stoi = {character: i for i, character in itos.items()}
     id_of_code_point = np.zeros(sys.maxunicode + 1, dtype="<u2")
     for character, i in stoi.items():

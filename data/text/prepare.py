@@ -30,17 +30,6 @@ paths = []  # from the command line
 configure(globals(), paths=paths)
 
 
-def is_text(path):
-    """Whether a file is UTF-8 text from beginning to end."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            while file.read(2**22):
-                pass
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
 def files_in(folder):
     """The files in a folder and below, sorted; without hidden ones and those of data sets."""
     files = []
@@ -58,29 +47,32 @@ if not 0 < val_frac < 1:
 if not paths:
     raise ValueError("no text given; name files or folders: python data/text/prepare.py my.txt")
 
+given = [Path(path) for path in paths]
 files = []
-skipped = 0
-for path in map(Path, paths):
-    if path.is_dir():
-        for file in files_in(path):
-            if is_text(file):
-                files.append(file)
-            else:
-                skipped += 1
-    elif not path.is_file():
+for path in given:
+    if not (path.is_file() or path.is_dir()):
         raise ValueError(f"{str(path)!r} is neither a file nor a folder; check the path")
-    elif is_text(path):
-        files.append(path)
-    else:
-        raise ValueError(f"{str(path)!r} is not UTF-8 text; convert it or leave it out")
-if skipped > 0:
-    print(f"skipped {skipped} files that are not UTF-8 text")
-if not files:
-    raise ValueError(f"no text found in {', '.join(paths)}; name other files or folders")
-os.makedirs(out_dir, exist_ok=True)
+    files += files_in(path) if path.is_dir() else [path]
 
+
+def read_texts():
+    """Yields (path, text) of the files that are UTF-8."""
+    skipped = 0
+    for path in tqdm(files, disable=None):
+        try:
+            yield path, path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError:
+            if path in given:
+                raise ValueError(f"{str(path)!r} is not UTF-8 text; convert it or leave it out"
+                                 ) from None
+            skipped += 1
+    if skipped > 0:
+        print(f"skipped {skipped} files that are not UTF-8 text")
+
+
+os.makedirs(out_dir, exist_ok=True)
 if tokens == "characters":
-    text = "\n".join(path.read_text(encoding="utf-8-sig") for path in files)
+    text = "\n".join(text for _, text in read_texts())
     print(write_characters(out_dir, text, val_frac))
     sys.exit()
 
@@ -88,9 +80,9 @@ bpe = gpt2_bpe()
 end_of_text = np.array([bpe.eot_token], dtype="<u2")
 with replace_files(*dataset_paths(out_dir)) as (_, val_tmp, train_tmp):
     with open(train_tmp, "wb") as file:
-        for path in tqdm(files, disable=None):
+        for path, text in read_texts():
             try:
-                file.write(encode_gpt2(bpe, path.read_text(encoding="utf-8-sig")))
+                file.write(encode_gpt2(bpe, text))
             except ValueError as error:
                 raise ValueError(f"{str(path)!r}: {error}; leave it out") from None
             file.write(end_of_text)
