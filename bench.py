@@ -53,9 +53,10 @@ compile = 'auto'  # True, False; 'auto': on CUDA
 
 results = configure(globals())
 
-for key in ("steps", "batch_size", "num_samples"):
-    if results[key] < 1:
-        raise ValueError(f"{key}={results[key]} must be at least 1")
+for key in ("steps", "batch_size", "num_samples", "tokens", "tokenize_mb"):
+    minimum = 0 if key in ("tokens", "tokenize_mb") else 1
+    if results[key] < minimum:
+        raise ValueError(f"{key}={results[key]} must be at least {minimum}")
 if optimizer_type not in ("adamw", "muon"):
     raise ValueError(f"optimizer_type={optimizer_type!r} is none of 'adamw', 'muon'")
 
