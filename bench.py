@@ -180,10 +180,6 @@ torch.backends.cuda.enable_cudnn_sdp(False)  # as in sample.py
 prompt = torch.randint(vocab_size, (1, 8), device=device).expand(num_samples, -1)  # (B, T)
 
 
-def sample():
-    model.generate(prompt, tokens, temperature=0.8, top_k=200)
-
-
 @torch.no_grad()
 def sample_without_cache():
     sequences = prompt
@@ -192,13 +188,8 @@ def sample_without_cache():
         sequences = torch.cat([sequences, logits.argmax(-1, keepdim=True)], dim=1)
 
 
-def sample_with_transformers():
-    their_model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens,
-                         do_sample=True, temperature=0.8, top_k=200)
-
-
 if tokens > 0:
-    variants = {"ours": sample}
+    variants = {"ours": lambda: model.generate(prompt, tokens, temperature=0.8, top_k=200)}
     if compare:
         variants["baseline"] = sample_without_cache
     fits_context = prompt.size(1) + tokens <= block_size
@@ -208,7 +199,9 @@ if tokens > 0:
             vocab_size=vocab_size, n_positions=block_size, n_embd=n_embd, n_layer=n_layer,
             n_head=n_head, bos_token_id=None, eos_token_id=None)
         their_model = transformers.GPT2LMHeadModel(their_config).eval().to(device, amp_dtype)
-        variants["transformers"] = sample_with_transformers
+        options = dict(attention_mask=torch.ones_like(prompt), max_new_tokens=tokens,
+                       do_sample=True, temperature=0.8, top_k=200)
+        variants["transformers"] = lambda: their_model.generate(prompt, **options)
     report("sample", median_times(variants, 3, 1), num_samples * tokens, "tokens/s")
 
 # ---- tokenizing ----

@@ -26,10 +26,7 @@ MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size",
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """
-    Opens a temporary file for writing bytes; at the end it is flushed to disk and renamed to
-    `path`. After an error the temporary file is removed, and what `path` was before is intact.
-    """
+    """Opens a temporary file that replaces `path` at the end; after an error, `path` is intact."""
     tmp_path = path + ".tmp"
     try:
         with open(tmp_path, "wb") as file:
@@ -77,16 +74,14 @@ def load_checkpoint(path):
         checkpoint["model"] = state
         if "version" not in checkpoint:  # nanoGPT's CPU runs store a float16 that they do not use
             checkpoint["config"].pop("dtype", None)
-        # what nanoGPT's lack
-        absent = dict(skipped=0, skipped_in_a_row=0, best_iter=None, scaler=None, wandb_id=None,
-                      itos=None, data=None)
-        checkpoint = absent | checkpoint
+        nanogpt_lacks = dict(skipped=0, skipped_in_a_row=0, best_iter=None, scaler=None,
+                             wandb_id=None, itos=None, data=None)
+        return nanogpt_lacks | checkpoint
     except Exception as error:  # a damaged file can raise anything
         refused = re.search(r"Unsupported .*|GLOBAL \S+", str(error))  # what it tried to call
         cause = refused[0] if refused else str(error).split("\n")[0][:200]
-        raise ValueError(f"cannot use the checkpoint {path!r}: {type(error).__name__}: {cause}"
-                         ) from None
-    return checkpoint
+        cause = f"{type(error).__name__}: {cause}"
+        raise ValueError(f"cannot use the checkpoint {path!r}: {cause}") from None
 
 
 def check_archive(path):
@@ -100,24 +95,17 @@ def check_archive(path):
 
 
 def newest_checkpoint(out_dir):
-    """
-    The checkpoint to resume from: of ckpt.pt (the best) and last.pt (the latest) the one with the
-    higher iter_num, or the other one if that is damaged. None if there is neither.
-    """
-    candidates = []
-    for name in ("ckpt.pt", "last.pt"):
-        path = os.path.join(out_dir, name)
-        if os.path.exists(path):
-            candidates.append((read_iter_num(path), path))
-    candidates.sort()
-    while candidates:
-        _, path = candidates.pop()
+    """The later of ckpt.pt and last.pt, or the other if it is damaged. None without either."""
+    paths = [os.path.join(out_dir, name) for name in ("ckpt.pt", "last.pt")]
+    paths = [path for path in paths if os.path.exists(path)]
+    paths.sort(key=read_iter_num)
+    while paths:
         try:
-            return load_checkpoint(path)
+            return load_checkpoint(paths.pop())
         except ValueError as error:
-            if not candidates:
+            if not paths:
                 raise
-            print(f"note: {error}; resuming from {candidates[0][1]!r} instead")
+            print(f"note: {error}; resuming from {paths[0]!r} instead")
     return None
 
 
@@ -153,14 +141,15 @@ def back_up_run(out_dir):
         path = os.path.join(out_dir, name)
         if os.path.exists(path):
             stem, extension = os.path.splitext(path)
-            os.rename(path, f"{stem}.{number}{extension}")
-            print(f"backed up {path} of an earlier run as {stem}.{number}{extension}")
+            backup = f"{stem}.{number}{extension}"
+            os.rename(path, backup)
+            print(f"backed up {path} of an earlier run as {backup}")
 
 
 def load_optimizer(optimizer, saved):
     """
-    Restores moments and step counts from a checkpoint. Options such as betas and weight decay stay
-    as they are set now. Raises ValueError for the state of another optimizer or model.
+    Restores moments and step counts. Options such as weight decay stay as they are set now.
+    Raises ValueError for the state of another optimizer or model.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     is_adamw = isinstance(optimizer, torch.optim.AdamW)
@@ -169,12 +158,12 @@ def load_optimizer(optimizer, saved):
     try:
         if saved["state"] and len(saved["state"]) != len(parameters):
             raise ValueError(f"{len(saved['state'])} states for {len(parameters)} parameters")
-        for i in saved["state"]:
+        for i, saved_state in saved["state"].items():
             state[i] = {}
             if is_adamw:
-                state[i]["step"] = torch.tensor(float(saved["state"][i]["step"]))
+                state[i]["step"] = torch.tensor(float(saved_state["step"]))
             for name in moments:
-                moment = saved["state"][i][name]
+                moment = saved_state[name]
                 if moment.shape != parameters[i].shape or not moment.isfinite().all():
                     raise ValueError(f"{name} {i} has shape {list(moment.shape)} or is not finite")
                 # a contiguous copy: the file is mapped, and its strides cannot be trusted
@@ -204,8 +193,7 @@ OPENAI_ARCHITECTURE = {
 
 def read_huggingface(source):
     """
-    (model_args, state dict) of a GPT-2 in Hugging Face's format. `source` is 'gpt2', 'gpt2-medium',
-    'gpt2-large' or 'gpt2-xl', or a folder with config.json and model.safetensors (or its shards).
+    (model_args, state dict) of a GPT-2 in Hugging Face's format: one of HUB_NAMES, or a folder.
     Raises ValueError for what cannot be read, or is not built as OpenAI's GPT-2.
     """
     if not os.path.isdir(source) and source not in HUB_NAMES:
@@ -251,8 +239,6 @@ def from_huggingface_names(tensors):
         if name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")):
             continue  # causal masks, and the tied matrix
         state[name] = tensor.t() if name.endswith(TRANSPOSED) else tensor
-    if "transformer.wte.weight" in state:
-        state["lm_head.weight"] = state["transformer.wte.weight"]
     return state
 
 
@@ -274,18 +260,15 @@ def find_file(source, name):
         except LocalEntryNotFoundError as error:  # no connection; the library has tried again
             raise (error.__cause__ or error) from None
         except Exception as error:
-            status = getattr(getattr(error, "response", None), "status_code", None)
-            is_final = status is not None and 400 <= status < 429
+            status = getattr(getattr(error, "response", None), "status_code", 0)
+            is_final = 400 <= status < 429
             if is_final or pause is None:
                 raise
         time.sleep(pause)
 
 
 def write_huggingface(model_args, state, folder):
-    """
-    Writes config.json, generation_config.json and model.safetensors (float32) for transformers.
-    Padding of the vocabulary is cut; biases that the model lacks are written as zeros.
-    """
+    """Writes a model for transformers: no padding of the vocabulary, zeros for missing biases."""
     from safetensors.torch import save_file
     vocab_size = min(model_args["vocab_size"], GPT2_VOCAB_SIZE)
     tensors = {}
@@ -296,8 +279,8 @@ def write_huggingface(model_args, state, folder):
         if name.endswith("wte.weight"):
             tensor = tensor[:vocab_size]
         is_embedding = name.endswith(("wte.weight", "wpe.weight"))
-        bias_name = name.removesuffix("weight") + "bias"
-        if name.endswith("weight") and not is_embedding and bias_name not in state:
+        bias_name = name.replace("weight", "bias")
+        if not is_embedding and bias_name not in state:
             tensors[bias_name] = torch.zeros(tensor.size(0))
         if name.endswith(TRANSPOSED):
             tensor = tensor.t()

@@ -29,9 +29,8 @@ config_files = []  # paths of the config files that have run
 def configure(settings, paths=None):
     """
     Overrides `settings`, a script's globals, from sys.argv and returns all settings as a dict.
-    A setting is a global of type bool, int, float or str without a leading underscore.
-    With a list `paths`, arguments that are not options are appended to it: no config files then.
-    Raises ValueError for an unknown setting, a wrong type and a config file that is not there.
+    A setting is a global of type bool, int, float or str without a leading underscore. A list
+    `paths` collects the arguments that are not options, which are then no config files.
     """
     sys.excepthook = excepthook
     given_settings.clear()
@@ -47,11 +46,11 @@ def configure(settings, paths=None):
             changes = {key: parse_value(text, defaults.get(key))}
         elif argument.startswith("-"):
             raise ValueError(f"cannot read the argument {argument!r}; write --key=value")
-        elif paths is None:
-            changes = run_config_file(argument, config)
-        else:
+        elif paths is not None:
             paths.append(argument)
-            changes = {}
+            continue
+        else:
+            changes = run_config_file(argument, config)
         for key, value in changes.items():
             if key not in defaults:
                 nearest = difflib.get_close_matches(key, defaults, n=1, cutoff=0)
@@ -67,10 +66,7 @@ def configure(settings, paths=None):
 
 
 def run_config_file(path, config):
-    """
-    Runs a config file and returns the settings that it assigns, as a dict. Other globals of a plain
-    type are included: they may be misspelled settings.
-    """
+    """Runs a config file and returns what it assigns: settings, and names that may be typos."""
     try:
         with tokenize.open(path) as file:  # like import, this honors an encoding declaration
             source = file.read()
@@ -106,10 +102,7 @@ def parse_value(text, default):
 
 
 def check_type(key, value, default):
-    """
-    `value` in the type of `default`: an int is fine for a float, and 2.0 for an int. With the
-    default 'auto' any plain type is. Raises ValueError for other types.
-    """
+    """`value` in the type of `default`: 1 -> 1.0, 2.0 -> 2; any plain type if that is 'auto'."""
     kind = type(default)
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)  # NumPy's included
     if kind is int and is_number and value % 1 == 0:
@@ -147,8 +140,7 @@ def help_text(settings, defaults):
 def excepthook(kind, error, trace):
     """
     Prints an uncaught exception: in one line if the user can act on it, else with its traceback.
-    A ValueError raised in this project's files is a mistake of the user. Exceptions in a config
-    file keep the traceback, which names the line.
+    A ValueError raised in this project's files is a mistake of the user.
     """
     files = [frame.filename for frame in traceback.extract_tb(trace)]
     from_config = any(file in config_files for file in files)
@@ -161,7 +153,7 @@ def excepthook(kind, error, trace):
     if kind is KeyboardInterrupt:
         text = "stopped"
     elif from_config:
-        pass
+        pass  # the traceback names the line
     elif isinstance(error, OSError) or (kind is ValueError and is_ours):
         text = f"error: {message}"
     elif isinstance(error, MemoryError) or "tried to allocate" in message.lower():

@@ -108,7 +108,9 @@ def make_requests(item):
 
 
 items = load_items()
-num_items = min(limit or len(items), len(items))
+num_items = len(items)
+if limit > 0:
+    num_items = min(limit, num_items)
 requests, labels = [], []
 for number in range(num_items):
     try:
@@ -148,13 +150,14 @@ def score(batch):
     misses = logits.argmax(-1) != targets
     per_token = torch.stack([logprobs, misses]).cpu().double()
     sums = torch.zeros(2, len(batch), dtype=torch.float64).index_add_(1, sequence, per_token)
-    sums[1] = sums[1] == 0
-    return sums
+    logprob, num_misses = sums
+    return torch.stack([logprob, num_misses == 0])
 
 
 results = torch.zeros(2, len(requests), dtype=torch.float64)
 lengths = [len(context) + len(continuation) for context, continuation in requests]
-order = sorted(range(len(requests)), key=lambda i: -lengths[i])  # so that there is little padding
+# The longest first: sequences of similar length need little padding.
+order = sorted(range(len(requests)), key=lambda i: lengths[i], reverse=True)
 my_requests = order[rank::world_size]
 t0 = time.perf_counter()
 for start in tqdm(range(0, len(my_requests), batch_size), task, disable=not on_terminal):

@@ -105,11 +105,11 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.append(k, v)  # (B, nh, length, hs)
         dropout = self.dropout if self.training else 0.0
         on_cpu_in_bfloat16 = q.dtype == torch.bfloat16 and q.device.type == "cpu"
-        if cache is not None or not on_cpu_in_bfloat16:
-            # With a cache, T > 1 is the whole prompt, and T == 1 a token that sees all before it.
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
-        else:
+        if on_cpu_in_bfloat16 and cache is None:
             y = causal_attention(q, k, v, dropout).view(q.shape)
+        else:
+            # With a cache, T > 1 is the prompt, and T == 1 a token that sees all before it.
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
@@ -174,10 +174,7 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
 
     def hidden(self, idx, caches=None):
-        """
-        Token ids (B, T) to the output of the last layer norm (B, T, C). With `caches`, one KVCache
-        a layer, `idx` continues the cached tokens.
-        """
+        """Token ids (B, T) to the last layer norm (B, T, C); they continue those in `caches`."""
         start = caches[0].length if caches else 0
         end = start + idx.size(1)
         if end > self.config.block_size:
@@ -227,12 +224,9 @@ class GPT(nn.Module):
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type,
                              optimizer_type="adamw"):
-        """
-        AdamW (Loshchilov & Hutter 2019), with weight decay for matrices and embeddings only.
-        With optimizer_type 'muon' the matrices of the blocks are left to `configure_muon`.
-        """
-        excluded = set(self.block_matrices()) if optimizer_type == "muon" else set()
-        decayed = [p for p in self.parameters() if p.dim() >= 2 and p not in excluded]
+        """AdamW (Loshchilov & Hutter 2019), with weight decay for matrices and embeddings only."""
+        for_muon = set(self.block_matrices()) if optimizer_type == "muon" else set()
+        decayed = [p for p in self.parameters() if p.dim() >= 2 and p not in for_muon]
         others = [p for p in self.parameters() if p.dim() < 2]
         groups = [dict(params=decayed, weight_decay=weight_decay),
                   dict(params=others, weight_decay=0.0)]
@@ -321,16 +315,14 @@ class GPT(nn.Module):
             model = cls(GPTConfig(**model_args))
         weights = {}
         try:
-            embedding = state["transformer.wte.weight"]
-            if not torch.equal(state.pop("lm_head.weight", embedding), embedding):
-                raise ValueError("lm_head.weight is not transformer.wte.weight: it must be tied")
-            del embedding
+            state.setdefault("lm_head.weight", state["transformer.wte.weight"])
             while state:
                 name, tensor = state.popitem()
                 if not tensor.is_floating_point() or not tensor.isfinite().all():
                     raise ValueError(f"{name} are not finite floating-point numbers")
                 weights[name] = tensor.to("cpu", torch.float32, copy=True).contiguous()
-            weights["lm_head.weight"] = weights["transformer.wte.weight"]
+            if not torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"]):
+                raise ValueError("lm_head.weight is not transformer.wte.weight: it must be tied")
             model.load_state_dict(weights, assign=True)
         except Exception as error:  # missing, of another shape, or made by hand
             cause = " ".join(str(error).split())
@@ -344,11 +336,11 @@ class GPT(nn.Module):
         OpenAI's 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a folder in Hugging Face's
         format. `override_args` may set dropout. Raises ValueError for anything that is not GPT-2.
         """
-        model_args, state = read_huggingface(name_or_folder)
         override_args = override_args or {}
         if not set(override_args) <= {"dropout"}:
             raise ValueError(f"override_args={override_args} may only set 'dropout'")
-        return cls.from_state(dict(model_args, **override_args), state)
+        model_args, state = read_huggingface(name_or_folder)
+        return cls.from_state(model_args | override_args, state)
 
     def save_pretrained(self, folder):
         """Writes a folder that transformers' GPT2LMHeadModel and `from_pretrained` load."""
@@ -376,10 +368,7 @@ def sample_token(logits, temperature, top_k, top_p):
 
 
 def load_model(init_from, out_dir):
-    """
-    (model, checkpoint) to sample from or evaluate: 'resume' loads ckpt.pt of `out_dir`, or else
-    last.pt; anything else is a pretrained model, see `GPT.from_pretrained`, with checkpoint None.
-    """
+    """(model, checkpoint) of `out_dir` for 'resume', otherwise (pretrained model, None)."""
     if init_from != "resume":
         return GPT.from_pretrained(init_from), None
     for name in ("ckpt.pt", "last.pt"):

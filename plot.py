@@ -35,8 +35,7 @@ def read_log(folder):
                         iterations.append(iteration)
                         values.append(float(cell))
     except Exception as error:  # missing, or not a log
-        hint = "name the out_dir of a run"
-        raise ValueError(f"cannot read {path!r}: {error}; {hint}") from None
+        raise ValueError(f"cannot read {path!r}: {error}; name the out_dir of a run") from None
     return columns
 
 
@@ -44,7 +43,6 @@ def draw_losses(folders, path):
     """Draws the runs in `folders` into the file `path`. Several runs show only their val_loss."""
     # imported here because it is slow; without pyplot, which would look for a display
     from matplotlib.figure import Figure
-
     several = len(folders) > 1
     columns = ["val_loss"] if several else list(CURVES)
     figure = Figure(figsize=(8, 6), layout="constrained")
@@ -74,9 +72,9 @@ if __name__ == "__main__":
     configure(globals(), paths=folders)
     if not folders:
         raise ValueError("no run given; name its out_dir: python plot.py out")
-    if to and not to.endswith((".png", ".svg", ".pdf")):
-        raise ValueError(f"to={to!r} must end in .png, .svg or .pdf")
     if not to:
         to = os.path.join(folders[0], "loss.png")
+    if not to.endswith((".png", ".svg", ".pdf")):
+        raise ValueError(f"to={to!r} must end in .png, .svg or .pdf")
     draw_losses(folders, to)
     print(f"saved {to}")

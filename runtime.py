@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 TIMEOUT = datetime.timedelta(minutes=10)  # for a process that waits for the others
 
-# Dense bfloat16 FLOP/s from data sheets (float16 for V100, T4), which like to state the figure
-# for 2:4 sparse matrices, twice as high. The first entry found in the name of a GPU counts.
+# Dense bfloat16 FLOP/s (float16 for V100 and T4). Data sheets often give the figure for 2:4 sparse
+# matrices, which is twice as high. The first key that the name of a GPU contains is used.
 PEAK_FLOPS = {
     "GB200": 2500e12, "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12,
     "H100 NVL": 835e12, "H100": 989e12, "H20": 148e12, "A100": 312e12, "A40": 150e12,
@@ -22,7 +22,6 @@ PEAK_FLOPS = {
     "MI300X": 1307e12, "RTX PRO 6000": 504e12, "RTX 6000 Ada": 364e12, "RTX A6000": 155e12,
     "RTX 5090": 210e12, "RTX 4090": 165e12, "RTX 4080": 97e12, "RTX 3090": 71e12,
 }
-
 
 # ---- processes ----
 
@@ -32,16 +31,13 @@ def process_ranks():
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
         return 0, 0, 1
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")
-    try:
+    with contextlib.suppress(KeyError, ValueError):
         rank, local_rank, world_size, _ = (int(os.environ[name]) for name in names[:4])
-        is_valid = 0 <= rank < world_size and os.environ["MASTER_ADDR"] != ""
-    except (KeyError, ValueError):
-        is_valid = False
-    if not is_valid:
-        found = ", ".join(f"{name}={os.environ.get(name, '(not set)')}" for name in names)
-        raise ValueError(f"these variables do not describe a process group: {found}; launch with "
-                         "torchrun, or unset RANK and WORLD_SIZE to run a single process")
-    return rank, local_rank, world_size
+        if 0 <= rank < world_size and os.environ["MASTER_ADDR"] != "":
+            return rank, local_rank, world_size
+    found = ", ".join(f"{name}={os.environ.get(name, '(not set)')}" for name in names)
+    raise ValueError(f"these variables do not describe a process group: {found}; launch with "
+                     "torchrun, or unset RANK and WORLD_SIZE to run a single process")
 
 
 def init_processes(rank, world_size, backend):
@@ -79,10 +75,10 @@ def setup_device(device, dtype, compile, local_rank=0, deterministic=False):
     """
     device = choose_device(device, local_rank)
     device_type = device.split(":")[0]
-    if dtype == "auto" and has_native_bfloat16(device_type):
-        dtype = "bfloat16"
-    elif dtype == "auto":
+    if dtype == "auto":
         dtype = "float16" if device_type == "cuda" else "float32"
+        if has_native_bfloat16(device_type):
+            dtype = "bfloat16"
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype={dtype!r} is none of 'auto', 'float32', 'bfloat16', 'float16'")
     if compile not in ("auto", True, False):
@@ -106,11 +102,11 @@ def setup_device(device, dtype, compile, local_rank=0, deterministic=False):
 
 
 def choose_device(device, local_rank):
-    has_mps = torch.backends.mps.is_available() and "RANK" not in os.environ
-    if device == "auto":
+    has_mps = torch.backends.mps.is_available() and "RANK" not in os.environ  # one process only
+    if device == "auto" and torch.cuda.is_available():
+        device = "cuda"
+    elif device == "auto":
         device = "mps" if has_mps else "cpu"
-        if torch.cuda.is_available():
-            device = "cuda"
     if not re.fullmatch(r"cuda(:\d+)?|mps|cpu", str(device)):
         raise ValueError(f"device={device!r} is none of 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
     if device == "mps" and not has_mps:

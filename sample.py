@@ -55,12 +55,10 @@ if checkpoint and not checkpoint["data"]:  # nanoGPT's: the characters are in th
 
 if export:
     model.save_pretrained(export)
-    files = {}
     if itos is None and model.config.vocab_size >= 50257:
-        files = gpt2_files(model.config.block_size)
-    for name, content in files.items():
-        with open(os.path.join(export, name), "wb") as file:
-            file.write(content)
+        for name, content in gpt2_files(model.config.block_size).items():
+            with open(os.path.join(export, name), "wb") as file:
+                file.write(content)
     print(f"wrote {', '.join(sorted(os.listdir(export)))} to {export}")
     sys.exit()
 encode, decode, vocab_limit, end_token = tokenizer(itos, model.config.vocab_size)
@@ -91,8 +89,8 @@ stream = model.generate_stream(prompt, max_new_tokens, temperature, top_k, top_p
 if num_samples == 1:
     print(start, end="", flush=True)
     pending = []  # tokens whose bytes are not whole characters yet
-    for token in stream:
-        token = token.item()
+    for tensor in stream:
+        token = tensor.item()
         if token == end_token:
             break
         pending.append(token)

@@ -105,16 +105,15 @@ if checkpoint:
             continue
         is_shape = key in checkpoint["model_args"] and key != "dropout"
         is_changed = key in given_settings and config[key] != old_value
-        if is_changed and not is_shape:
+        if is_changed and is_shape:
+            print(f"note: {key} stays {old_value!r}: the model's shape is the checkpoint's")
+        elif is_changed:
             print(f"note: {key} was {old_value!r} and is {config[key]!r} from here on")
             continue
-        if is_changed:
-            print(f"note: {key} stays {old_value!r}: the model's shape is the checkpoint's")
         config[key] = check_type(key, old_value, config[key])
     globals().update(config)
 
-AT_LEAST_1 = ("eval_interval log_interval gradient_accumulation_steps batch_size block_size "
-              "n_layer n_head n_embd").split()
+AT_LEAST_1 = "eval_interval log_interval gradient_accumulation_steps batch_size block_size".split()
 for key, value in config.items():
     if type(value) in (int, float):
         minimum = 1 if key in AT_LEAST_1 else 0
@@ -134,9 +133,10 @@ if gradient_accumulation_steps % world_size != 0:
 device, dtype, compile = runtime.setup_device(device, dtype, compile, local_rank, deterministic)
 device_type = device.split(":")[0]
 autocast = runtime.make_autocast(device, dtype)
+backends = ("nccl", "gloo") if device_type == "cuda" else ("gloo",)
 if backend == "auto":
-    backend = "nccl" if device_type == "cuda" else "gloo"
-if backend not in ("nccl", "gloo") or (backend == "nccl" and device_type != "cuda"):
+    backend = backends[0]
+if backend not in backends:
     raise ValueError(f"backend={backend!r} must be 'gloo', or 'nccl' with GPUs")
 runtime.init_processes(rank, world_size, backend)
 
@@ -170,8 +170,8 @@ def on_signal(number, frame):
 if not eval_only:
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
-    has_sighup = hasattr(signal, "SIGHUP")  # Windows does not
-    if has_sighup and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+    # Windows has no SIGHUP, and under nohup it stays ignored
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         signal.signal(signal.SIGHUP, on_signal)
 
 # ---- data ----
@@ -193,16 +193,14 @@ tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 
 def random_bits(stream, iteration, count, micro_step=0):
     """`count` random 64-bit integers, a function of the arguments and the seed alone."""
-    # Philox is a counter-based generator (Salmon et al. 2011).
-    counter = (0, 0, micro_step, iteration)
+    counter = (0, 0, micro_step, iteration)  # of a counter-based generator (Salmon et al. 2011)
     return np.random.Philox(key=(seed, stream), counter=counter).random_raw(count)
 
 
-def load_sequences(tokens, offsets):
-    """
-    The token ids at `offsets` (B,) of a split, x, and the ids that follow them, y: (B, T) each, on
-    the device.
-    """
+def load_sequences(split, offsets):
+    """x, the token ids at `offsets` (B,) of a split, and y, those that follow: (B, T) each."""
+    # A new memory map each time: an old one keeps every page that it has read in memory.
+    tokens = np.memmap(token_files[split], dtype="<u2", mode="r")
     windows = offsets[:, None] + np.arange(block_size + 1)  # (B, T + 1)
     ids = tokens[windows].astype(np.int64)
     if ids.max() >= data_vocab_size:
@@ -216,25 +214,20 @@ def load_sequences(tokens, offsets):
 
 
 def get_batch(split, stream, iteration, micro_step=0):
-    """
-    A micro-batch of an iteration, x and y (batch_size, block_size). The offsets of the whole global
-    batch are one sequence of random numbers, so it makes no difference which process reads what.
-    """
-    # A new memory map each time: an old one keeps every page that it has read in memory.
-    tokens = np.memmap(token_files[split], dtype="<u2", mode="r")
+    """A micro-batch of an iteration: x and y (batch_size, block_size)."""
+    # The global batch has one sequence of random bits, so any process can load any part of it.
     first = micro_step * batch_size
     bits = random_bits(stream, iteration, first + batch_size)[first:]  # (B,)
     # Modulo favours low offsets by less than 1e-9, and is the same in every version of numpy.
-    offsets = (bits % (len(tokens) - block_size)).astype(np.int64)
-    return load_sequences(tokens, offsets)
+    offsets = (bits % (len(splits[split]) - block_size)).astype(np.int64)
+    return load_sequences(split, offsets)
 
 
 def get_sequential_batch(split, k):
     """Batch `k` of a split, read in order; the last one may have fewer sequences."""
-    tokens = np.memmap(token_files[split], dtype="<u2", mode="r")
     first = k * batch_size
     sequences = np.arange(first, min(first + batch_size, num_eval_sequences))
-    return load_sequences(tokens, sequences * block_size)
+    return load_sequences(split, sequences * block_size)
 
 
 # ---- model and optimizers ----
@@ -257,8 +250,7 @@ is_padded_gpt2 = meta is None and model.config.vocab_size == 50304
 if model.config.vocab_size != data_vocab_size and not is_padded_gpt2:
     raise ValueError(f"the model has a vocabulary of {model.config.vocab_size}, the data set "
                      f"{dataset!r} one of {data_vocab_size}: use a data set of the same tokenizer")
-config.update({key: value for key, value in model_args.items() if key in config})
-config.update(device=device, dtype=dtype, compile=compile, backend=backend)
+config.update(model_args, device=device, dtype=dtype, compile=compile, backend=backend)
 
 betas = (beta1, beta2)
 adamw = model.configure_optimizers(weight_decay, learning_rate, betas, device_type, optimizer_type)
@@ -268,22 +260,19 @@ if optimizer_type == "muon":
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
 
 # What a run carries from one update to the next, besides the weights; `save` writes it.
-iter_num = 0  # updates so far
-best_val_loss = 1e9
-best_iter = None
-skipped = 0  # updates that were not finite
-skipped_in_a_row = 0
-wandb_id = None
-saved_iter = None  # the iteration of the latest checkpoint
+new_run = dict(iter_num=0, best_val_loss=1e9, best_iter=None, skipped=0, skipped_in_a_row=0,
+               wandb_id=None)
+start = checkpoint or new_run
+iter_num = start["iter_num"]  # updates so far
+best_val_loss = start["best_val_loss"]
+best_iter = start["best_iter"]
+skipped = start["skipped"]  # updates that were not finite
+skipped_in_a_row = start["skipped_in_a_row"]
+wandb_id = start["wandb_id"]
+saved_iter = iter_num if checkpoint else None  # the iteration of the latest checkpoint
 if checkpoint:
-    iter_num = saved_iter = checkpoint["iter_num"]
-    best_val_loss = checkpoint["best_val_loss"]
-    best_iter = checkpoint["best_iter"]
-    skipped = checkpoint["skipped"]
-    skipped_in_a_row = checkpoint["skipped_in_a_row"]
-    wandb_id = checkpoint["wandb_id"]
-    for name, optimizer in optimizers.items():
-        load_optimizer(optimizer, checkpoint.get(name))
+    for key, optimizer in optimizers.items():
+        load_optimizer(optimizer, checkpoint.get(key))
     if checkpoint["scaler"]:
         scaler.load_state_dict(checkpoint["scaler"])
     if checkpoint["data"] and checkpoint["itos"] != itos:
@@ -292,14 +281,12 @@ if checkpoint:
     is_same_data = checkpoint["data"] in (None, data_fingerprint)
     if not is_same_data:
         print(f"note: the data set {dataset!r} is not the one that the checkpoint was trained on")
-    is_same_evaluation = is_same_data
-    for key in ("eval_iters", "batch_size", "seed"):
-        if checkpoint["config"].get(key, config[key]) != config[key]:
-            is_same_evaluation = False
-    if not is_same_evaluation:
+    old = config | checkpoint["config"]
+    changed = [key for key in ("eval_iters", "batch_size", "seed") if old[key] != config[key]]
+    if changed or not is_same_data:
         print("note: evaluations change, so the best val loss starts anew")
         best_val_loss, best_iter = 1e9, None
-    checkpoint = None  # frees it
+    checkpoint = start = None  # frees it
 
 if world_size > 1:
     may_differ = ("out_dir", "dataset", "device", "wandb_run_name")  # paths, a time in a name
@@ -330,11 +317,12 @@ def estimate_loss():
     num_batches = math.ceil(num_eval_sequences / batch_size)
     next_report = time.perf_counter() + 60  # seconds
     means = {}
+    my_batches = range(rank, num_batches, world_size)
     compiled_model.eval()
     for split, stream in (("train", EVAL_TRAIN), ("val", EVAL_VAL)):
         batch_losses = torch.zeros(num_batches, device=device)
-        for k in tqdm(range(rank, num_batches, world_size), f"evaluating on {split}", leave=False,
-                      delay=2, disable=not on_terminal):
+        for k in tqdm(my_batches, f"evaluating on {split}", leave=False, delay=2,
+                      disable=not on_terminal):
             x, y = get_batch(split, stream, k) if eval_iters > 0 else get_sequential_batch(split, k)
             with autocast:
                 _, loss = compiled_model(x, y)
@@ -394,7 +382,8 @@ compiled = ", compiled" if compile else ""
 say(f"{model.get_num_params(False) / 1e6:.2f}M parameters, "
     f"{tokens_per_iter:,} tokens per iteration, "
     f"{world_size} x {device_type} in {dtype}{compiled}, from iteration {iter_num}")
-if iter_num >= max_iters > 0 and not eval_only:
+is_complete = max_iters > 0 and iter_num >= max_iters
+if is_complete and not eval_only:
     say(f"this run is complete: give a larger --max_iters than {max_iters} to continue")
 if master_process and not eval_only:
     if saved_iter is None:
@@ -418,7 +407,7 @@ def log_metrics(**row):
     try:
         with open(log_path, "a", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            if file.tell() == 0:  # the folder was removed
+            if file.tell() == 0:  # a new file: somebody removed the old one
                 writer.writeheader()
             writer.writerow(row)
     except OSError as error:
@@ -558,7 +547,8 @@ while True:
 
 # ---- the end ----
 
-diverged = skipped_in_a_row == 10 or (last_step and not math.isfinite(losses["val"]))
+last_eval_failed = last_step and not math.isfinite(losses["val"])
+diverged = not eval_only and (skipped_in_a_row == 10 or last_eval_failed)
 if not (eval_only or diverged or saved_iter == iter_num):
     save("last.pt")
 if master_process and not eval_only:
@@ -581,7 +571,7 @@ if world_size > 1:
     runtime.all_reduce_sum(torch.zeros(1, device=device))
     dist.destroy_process_group()
 exit_code = 128 + (stop_signal or signal.SIGTERM) if stopping else 0
-if diverged and not eval_only:
+if diverged:
     if not master_process:
         sys.exit(1)
     restart = "scratch" if saved_iter is None else f"resume (continues at iteration {saved_iter})"

@@ -5,7 +5,6 @@
 # Expect a val loss of about 2.85 after about 4 days on 8 A100 40GB, as nanoGPT reports.
 
 wandb_log = True
-wandb_project = 'owt'
 wandb_run_name = 'gpt2-124M'
 
 batch_size = 12
@@ -16,7 +15,4 @@ max_iters = 600000
 lr_decay_iters = 600000
 
 eval_interval = 1000
-eval_iters = 200
 log_interval = 10
-
-weight_decay = 1e-1

@@ -6,7 +6,6 @@
 # ahead of a well-tuned AdamW at this size (Wen et al. 2025, arXiv 2509.02046). Not measured here.
 
 wandb_log = True
-wandb_project = 'owt'
 wandb_run_name = 'gpt2-124M-adamw'
 
 batch_size = 60

@@ -6,7 +6,6 @@
 # Expect a val loss of about 3.0. We have not measured it.
 
 wandb_log = True
-wandb_project = 'owt'
 wandb_run_name = 'gpt2-124M-fast'
 
 batch_size = 60

@@ -26,7 +26,6 @@ n_embd = 192
 dropout = 0.1  # the text is read many times
 
 optimizer_type = 'muon'
-muon_lr_scale = 2.0
 learning_rate = 2e-3
 lr_schedule = 'wsd'
 decay_frac = 0.9

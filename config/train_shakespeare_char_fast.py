@@ -21,10 +21,8 @@ block_size = 128  # a longer context helps more than a deeper model
 n_layer = 2
 n_head = 5
 n_embd = 160
-dropout = 0.0
 
 optimizer_type = 'muon'
-muon_lr_scale = 2.0
 learning_rate = 4e-3
 lr_schedule = 'wsd'
 decay_frac = 0.9

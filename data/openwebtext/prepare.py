@@ -8,7 +8,6 @@ OpenWebText (Gokaslan & Cohen 2019) in GPT-2's BPE, each document ended by <|end
 (18 GB), val.bin 4,434,897. Hugging Face's cache takes another 64 GB, which you can delete later.
 """
 
-import collections
 import glob
 import multiprocessing
 import os
@@ -107,14 +106,8 @@ def tokenize(start):
 
 def tokenize_in_parallel(split):
     """Yields the token ids of a split's batches, in order."""
-    futures = collections.deque()
     with ProcessPoolExecutor(num_proc, initializer=start_worker, initargs=(split,)) as executor:
-        for start in range(0, len(split), BATCH):
-            futures.append(executor.submit(tokenize, start))
-            if len(futures) > 4 * num_proc:  # workers don't run ahead without limit
-                yield futures.popleft().result()
-        for future in futures:
-            yield future.result()
+        yield from executor.map(tokenize, range(0, len(split), BATCH))
 
 
 def on_signal(number, frame):

@@ -50,9 +50,12 @@ if not paths:
 given = [Path(path) for path in paths]
 files = []
 for path in given:
-    if not (path.is_file() or path.is_dir()):
+    if path.is_dir():
+        files += files_in(path)
+    elif path.is_file():
+        files.append(path)
+    else:
         raise ValueError(f"{str(path)!r} is neither a file nor a folder; check the path")
-    files += files_in(path) if path.is_dir() else [path]
 
 
 def read_texts():
