@@ -117,32 +117,17 @@ def read_iter_num(path):
         return math.inf
 
 
-def lock_run(out_dir):
-    """Keeps other runs out of `out_dir` as long as the returned file is open."""
-    os.makedirs(out_dir, exist_ok=True)
-    file = open(os.path.join(out_dir, ".lock"), "w")
-    try:
-        import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"out_dir={out_dir!r} is in use by another run: wait for its end, or "
-                         "choose another --out_dir") from None
-    except (ImportError, OSError):
-        pass  # Windows, and file systems without locks
-    return file
-
-
-def back_up_run(out_dir):
-    """Renames the files of an earlier run to ckpt.1.pt, last.1.pt, log.1.csv and so on."""
+def back_up(out_dir, names, move):
+    """Moves files of an earlier run to ckpt.1.pt, log.1.csv and so on, by os.rename or a copy."""
     number = 1
     while glob.glob(os.path.join(glob.escape(out_dir), f"*.{number}.*")):
         number += 1
-    for name in ("ckpt.pt", "last.pt", "log.csv", "loss.png"):
+    for name in names:
         path = os.path.join(out_dir, name)
         if os.path.exists(path):
             stem, extension = os.path.splitext(path)
             backup = f"{stem}.{number}{extension}"
-            os.rename(path, backup)
+            move(path, backup)
             print(f"backed up {path} of an earlier run as {backup}")
 
 
@@ -249,7 +234,7 @@ def find_file(source, name):
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError
     from huggingface_hub.utils import disable_progress_bars
-    if sys.stderr is None or not sys.stderr.isatty():
+    if not sys.stderr.isatty():
         disable_progress_bars()
     repo = f"openai-community/{source}"
     with contextlib.suppress(LocalEntryNotFoundError):

@@ -10,8 +10,8 @@ read the ones made so far. `--key=value` sets one setting, `--help` lists them a
 
 import ast
 import builtins
+import contextlib
 import difflib
-import math
 import numbers
 import os
 import re
@@ -33,6 +33,12 @@ def configure(settings, paths=None):
     `paths` collects the arguments that are not options, which are then no config files.
     """
     sys.excepthook = excepthook
+    if sys.stderr is None:  # closed, as by 2>&-
+        sys.stderr = open(os.devnull, "w")
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")
+    with contextlib.suppress(AttributeError):  # a stream of a notebook or a test
+        sys.stdout.reconfigure(errors="replace")  # characters that a terminal cannot show
     given_settings.clear()
     plain = {key: value for key, value in settings.items() if type(value) in PLAIN_TYPES}
     defaults = {key: value for key, value in plain.items() if not key.startswith("_")}
@@ -107,7 +113,7 @@ def check_type(key, value, default):
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)  # NumPy's included
     if kind is int and is_number and value % 1 == 0:
         return int(value)
-    if kind is float and is_number and math.isfinite(value):
+    if kind is float and is_number and abs(value) <= sys.float_info.max:  # neither nan nor inf
         return float(value)
     if kind in (bool, str) and type(value) is kind:
         return value
@@ -163,8 +169,7 @@ def excepthook(kind, error, trace):
         text = f"error: process {rank} cannot reach the others; see their errors ({message})"
     # control characters, as in text quoted from a file, must not reach the terminal
     text = re.sub(r"[^\n -~\u00a0-\U0010ffff]", "?", text.strip())
-    if sys.stderr is not None:  # None: closed, as by 2>&-
-        print(text, file=sys.stderr)
+    print(text, file=sys.stderr)
 
 
 if __name__ == "__main__":  # exec'd by a script, as nanoGPT's scripts do

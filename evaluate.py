@@ -53,7 +53,7 @@ if batch_size < 1 or limit < 0:
 # ---- processes, device, model ----
 
 rank, local_rank, world_size = runtime.process_ranks()
-on_terminal = rank == 0 and sys.stderr is not None and sys.stderr.isatty()
+on_terminal = rank == 0 and sys.stderr.isatty()
 if rank > 0:
     sys.stdout = open(os.devnull, "w")
 device, dtype, _ = runtime.setup_device(device, dtype, False, local_rank)
@@ -84,8 +84,9 @@ def load_items():
         items = datasets.load_dataset(path, "default", split=split, revision=revision)
     except Exception as error:  # offline, unknown, damaged: many kinds
         error = error.__cause__ or error
-        raise ValueError(f"cannot load {files or path}: {type(error).__name__}: {error}; "
-                         "if you are offline, give JSON lines with --files") from None
+        hint = "" if files else "; if you are offline, give JSON lines with --files"
+        raise ValueError(f"cannot load {files or path}: {type(error).__name__}: {error}{hint}"
+                         ) from None
     # note: if the hub fails, `datasets` falls back to any revision in its cache
     cache_path = items.cache_files[0]["filename"]
     if revision not in cache_path or len(items) != num_items:

@@ -273,7 +273,7 @@ class GPT(nn.Module):
         later half of it is read again as a new context, about every block_size / 2 tokens.
         """
         if idx.size(1) == 0:
-            raise ValueError("the prompt is empty: give at least one token")
+            raise ValueError("the prompt (start) is empty: give at least one token")
         block_size = self.config.block_size
         capacity = min(block_size, idx.size(1) + max_new_tokens)
         caches = [KVCache(capacity) for _ in range(self.config.n_layer)]

@@ -32,8 +32,9 @@ def process_ranks():
         return 0, 0, 1
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")
     with contextlib.suppress(KeyError, ValueError):
-        rank, local_rank, world_size, _ = (int(os.environ[name]) for name in names[:4])
-        if 0 <= rank < world_size and os.environ["MASTER_ADDR"] != "":
+        rank, local_rank, world_size, port = (int(os.environ[name]) for name in names[:4])
+        has_address = 0 <= port <= 65535 and os.environ["MASTER_ADDR"] != ""
+        if 0 <= rank < world_size and has_address:
             return rank, local_rank, world_size
     found = ", ".join(f"{name}={os.environ.get(name, '(not set)')}" for name in names)
     raise ValueError(f"these variables do not describe a process group: {found}; launch with "
@@ -93,6 +94,7 @@ def setup_device(device, dtype, compile, local_rank=0, deterministic=False):
     torch.set_float32_matmul_precision("high" if device_type == "cuda" else "highest")
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # sums in NVLink switches vary
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
         from torch._inductor import config as inductor_config

@@ -8,6 +8,7 @@ Continues a text with a trained model.
 """
 
 import os
+import signal
 import sys
 
 import torch
@@ -82,7 +83,8 @@ prompt = torch.tensor([ids], device=device).expand(num_samples, -1)  # (B, T)
 
 # ---- samples ----
 
-sys.stdout.reconfigure(errors="replace")  # for characters that the terminal cannot show
+if hasattr(signal, "SIGPIPE"):  # Windows has none
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends this quietly
 torch.manual_seed(seed)
 stream = model.generate_stream(prompt, max_new_tokens, temperature, top_k, top_p, vocab_limit,
                                end_token)
@@ -101,9 +103,8 @@ if num_samples == 1:
     print(decode(pending))
     print("-" * 15)
 else:
-    on_terminal = sys.stderr is not None and sys.stderr.isatty()
     tokens = list(tqdm(stream, "sampling", max_new_tokens, leave=False, delay=2,
-                       disable=not on_terminal))
+                       disable=None))
     for sample in torch.cat(tokens, dim=1).tolist():
         if end_token in sample:
             sample = sample[:sample.index(end_token)]

@@ -12,6 +12,8 @@ import csv
 import datetime
 import math
 import os
+import shlex
+import shutil
 import signal
 import sys
 import time
@@ -24,9 +26,9 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 import runtime
-from checkpoint import back_up_run, load_optimizer, lock_run, newest_checkpoint, save_checkpoint
+from checkpoint import back_up, load_optimizer, newest_checkpoint, save_checkpoint
 from configurator import check_type, configure, given_settings
-from data.common import fingerprint, open_tokens, prepare_hint, read_meta
+from data.common import fingerprint, lock_folder, open_tokens, prepare_hint, read_meta
 from model import GPT, GPTConfig
 from plot import draw_losses
 
@@ -87,9 +89,9 @@ master_process = rank == 0  # the one that prints, logs and saves
 if not master_process:
     sys.stdout = open(os.devnull, "w")
     warnings.simplefilter("ignore")
-on_terminal = master_process and sys.stderr is not None and sys.stderr.isatty()
+on_terminal = master_process and sys.stderr.isatty()
 if master_process and not eval_only:
-    run_lock = lock_run(out_dir)  # before the checkpoint is read
+    run_lock = lock_folder(out_dir)  # before the checkpoint is read
 
 checkpoint = None
 if init_from in ("resume", "auto"):
@@ -143,17 +145,6 @@ runtime.init_processes(rank, world_size, backend)
 stop_signal = 0
 
 
-def say(text):
-    """Prints a line. A closed pipe saves and stops the run: Ctrl-C also ends `| tee log`."""
-    global stop_signal
-    try:
-        print(text, flush=True)
-    except OSError:
-        if stop_signal == 0:
-            stop_signal = signal.SIGTERM
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-
-
 def on_signal(number, frame):
     """Asks the loop to stop after this update. A second Ctrl-C ends the process."""
     global stop_signal
@@ -162,9 +153,19 @@ def on_signal(number, frame):
     if is_second_ctrl_c and not under_torchrun:
         raise KeyboardInterrupt
     stop_signal = number
-    if master_process and sys.stderr is not None:
+    if master_process:
         with contextlib.suppress(OSError):
             os.write(2, b"finishing the current update, then saving (Ctrl-C again: quit now)\n")
+
+
+def say(text):
+    """Prints a line. A closed pipe saves and stops the run: Ctrl-C also ends `| tee log`."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        if stop_signal == 0:
+            on_signal(signal.SIGTERM, None)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 if not eval_only:
@@ -207,9 +208,11 @@ def load_sequences(split, offsets):
         raise ValueError(f"{tokens.filename} has the token id {ids.max()}, but a vocabulary of "
                          f"{data_vocab_size}: {prepare_hint(dataset)}")
     ids = torch.from_numpy(ids)
-    if device_type == "cuda":
+    on_cuda = device_type == "cuda"
+    if on_cuda:
         ids = ids.pin_memory()
-    ids = ids.to(device, non_blocking=True)
+    # note: MPS would read memory that is not pinned too late, after it was freed
+    ids = ids.to(device, non_blocking=on_cuda)
     return ids[:, :-1], ids[:, 1:]
 
 
@@ -270,6 +273,7 @@ skipped = start["skipped"]  # updates that were not finite
 skipped_in_a_row = start["skipped_in_a_row"]
 wandb_id = start["wandb_id"]
 saved_iter = iter_num if checkpoint else None  # the iteration of the latest checkpoint
+is_new_best = False  # whether the best loss starts anew on resume
 if checkpoint:
     for key, optimizer in optimizers.items():
         load_optimizer(optimizer, checkpoint.get(key))
@@ -285,7 +289,7 @@ if checkpoint:
     changed = [key for key in ("eval_iters", "batch_size", "seed") if old[key] != config[key]]
     if changed or not is_same_data:
         print("note: evaluations change, so the best val loss starts anew")
-        best_val_loss, best_iter = 1e9, None
+        best_val_loss, best_iter, is_new_best = 1e9, None, True
     checkpoint = start = None  # frees it
 
 if world_size > 1:
@@ -301,7 +305,8 @@ if dropout > 0:
     torch.backends.cuda.enable_cudnn_sdp(False)  # on Hopper it may round dropout to sixteenths
     if compile:
         torch._dynamo.config.optimize_ddp = False  # splitting the graph would change dropout masks
-compiled_model = torch.compile(model) if compile else model
+# dynamic=False: a shorter batch in an evaluation must not change the graph for training
+compiled_model = torch.compile(model, dynamic=False) if compile else model
 ddp_model = compiled_model
 if world_size > 1 and not eval_only:
     # note: find_unused_parameters keeps DDP from changing its buckets, and so the order of sums
@@ -386,9 +391,6 @@ is_complete = max_iters > 0 and iter_num >= max_iters
 if is_complete and not eval_only:
     say(f"this run is complete: give a larger --max_iters than {max_iters} to continue")
 if master_process and not eval_only:
-    if saved_iter is None:
-        back_up_run(out_dir)
-    trim_log()
     if wandb_log:
         import wandb
         try:
@@ -398,20 +400,30 @@ if master_process and not eval_only:
             raise ValueError(f"wandb: {error} (WANDB_MODE=offline needs no account)") from None
         wandb_id = wandb_run.id
         wandb_run.define_metric("*", step_metric="iter")
+    if saved_iter is None:
+        back_up(out_dir, ("ckpt.pt", "last.pt", "log.csv", "loss.png"), os.rename)
+    elif is_new_best:
+        back_up(out_dir, ("ckpt.pt",), shutil.copyfile)
+    trim_log()
 
 
 def log_metrics(**row):
     """Adds a row to log.csv, and to wandb, where train_loss is called train/loss."""
     if not master_process:
         return
+    log_size = None
     try:
         with open(log_path, "a", newline="") as file:
+            log_size = file.tell()
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            if file.tell() == 0:  # a new file: somebody removed the old one
+            if log_size == 0:  # a new file: somebody removed the old one
                 writer.writeheader()
             writer.writerow(row)
     except OSError as error:
         say(f"note: cannot write {log_path}: {error}")
+        if log_size is not None:
+            with contextlib.suppress(OSError):
+                os.truncate(log_path, log_size)  # leaves no part of a row
     if wandb_log:
         wandb_run.log({key.replace("_loss", "/loss"): value for key, value in row.items()})
 
@@ -551,10 +563,15 @@ last_eval_failed = last_step and not math.isfinite(losses["val"])
 diverged = not eval_only and (skipped_in_a_row == 10 or last_eval_failed)
 if not (eval_only or diverged or saved_iter == iter_num):
     save("last.pt")
+exit_code = int(diverged)
+if stopping:
+    exit_code = 128 + (stop_signal or signal.SIGTERM)
 if master_process and not eval_only:
     seconds = int(time.perf_counter() - start_time)
-    best = "" if best_iter is None else f" at iteration {best_iter}"
-    say(f"best val loss {best_val_loss:.4f}{best}, time {datetime.timedelta(seconds=seconds)}")
+    summary = f"time {datetime.timedelta(seconds=seconds)}"
+    if best_iter is not None:
+        summary = f"best val loss {best_val_loss:.4f} at iteration {best_iter}, {summary}"
+    say(summary)
     try:
         draw_losses([out_dir], picture_path)
         say(f"losses drawn in {picture_path}")
@@ -563,14 +580,15 @@ if master_process and not eval_only:
     if stopping:
         name = signal.Signals(stop_signal or signal.SIGTERM).name
         say(f"stopped by {name} before iteration {iter_num}; to go on: "
-            f"python train.py --out_dir={out_dir} --init_from=resume")
+            f"python train.py --out_dir={shlex.quote(out_dir)} --init_from=resume")
     elif not diverged:
-        say(f"to sample: python sample.py --out_dir={out_dir}")
+        say(f"to sample: python sample.py --out_dir={shlex.quote(out_dir)}")
+    if wandb_log:
+        wandb_run.finish(exit_code)
 if world_size > 1:
     # Wait until rank 0 has written: torchrun kills the others once one exits with an error.
     runtime.all_reduce_sum(torch.zeros(1, device=device))
     dist.destroy_process_group()
-exit_code = 128 + (stop_signal or signal.SIGTERM) if stopping else 0
 if diverged:
     if not master_process:
         sys.exit(1)
@@ -581,8 +599,6 @@ if diverged:
                      "lower learning_rate or another dtype")
 if world_size > 1:
     # note: while Python shuts down, threads of torch.distributed sometimes abort the process.
-    if master_process and wandb_log and not eval_only:
-        wandb_run.finish(exit_code)
     os._exit(exit_code)
 if stopping:
     sys.exit(exit_code)

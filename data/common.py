@@ -53,10 +53,32 @@ def replace_files(*paths):
                 os.remove(tmp_path)
 
 
+def lock_folder(out_dir):
+    """Keeps other processes out of `out_dir` as long as the returned file is open."""
+    os.makedirs(out_dir, exist_ok=True)
+    file = open(os.path.join(out_dir, ".lock"), "w")
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"out_dir={out_dir!r} is in use by another process: wait for its end, or "
+                         "choose another --out_dir") from None
+    except (ImportError, OSError):
+        pass  # Windows, and file systems without locks
+    return file
+
+
 def dataset_paths(folder):
     """A data set's files, in the order in which `replace_files` should put them in place."""
     # train.bin comes last: without meta.pkl its ids would be mistaken for GPT-2's
     return [os.path.join(folder, name) for name in ("meta.pkl", "val.bin", "train.bin")]
+
+
+@contextlib.contextmanager
+def replace_dataset(folder):
+    """`replace_files` for a data set, in a folder that is made and locked."""
+    with lock_folder(folder), replace_files(*dataset_paths(folder)) as tmp_paths:
+        yield tmp_paths
 
 
 def write_characters(folder, text, val_frac=0.1):
@@ -83,7 +105,7 @@ def write_characters(folder, text, val_frac=0.1):
                 code_points = np.frombuffer(piece.encode("utf-32-le"), dtype="<u4")
                 file.write(id_of_code_point[code_points])
 
-    with replace_files(*dataset_paths(folder)) as (meta_tmp, val_tmp, train_tmp):
+    with replace_dataset(folder) as (meta_tmp, val_tmp, train_tmp):
         with open(meta_tmp, "wb") as file:
             pickle.dump({"vocab_size": len(itos), "itos": itos, "stoi": stoi}, file)
         write_ids(train_tmp, 0, train_tokens)
@@ -119,6 +141,11 @@ def read_meta(dataset):
             raise ValueError(f"vocab_size={meta['vocab_size']} is not from 1 to 65536")
         if "itos" in meta and sorted(meta["itos"]) != list(range(meta["vocab_size"])):
             raise ValueError("itos does not name a character for each id")
+        if "itos" in meta:
+            if not all(isinstance(character, str) for character in meta["itos"].values()):
+                raise ValueError("itos has values that are not characters")
+            # in plain types: a checkpoint with NumPy's could not be read
+            meta["itos"] = {operator.index(i): str(c) for i, c in meta["itos"].items()}
     except Exception as error:  # a damaged file can raise anything
         raise ValueError(f"cannot read {path!r}: {type(error).__name__}: {error}") from None
     return meta

@@ -28,7 +28,7 @@ from huggingface_hub import constants
 from tqdm import tqdm
 
 from configurator import configure
-from data.common import dataset_paths, encode_gpt2, gpt2_bpe, replace_files
+from data.common import encode_gpt2, gpt2_bpe, replace_dataset
 
 files = ''  # a path or glob: .json, .jsonl or .parquet with a 'text' field; each .txt is a document
 revision = 'b4325f019c648b1641a1784748667e8b74e5e064'  # commit of Skylion007/openwebtext
@@ -131,9 +131,8 @@ if __name__ == "__main__":  # worker processes may import this file
     check_count("documents", len(documents))
     splits = documents.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
 
-    os.makedirs(out_dir, exist_ok=True)
     needed = documents.data.nbytes // 2  # bytes; English has about 4.5 bytes of text per token
-    with replace_files(*dataset_paths(out_dir)) as (_, val_tmp, train_tmp):
+    with replace_dataset(out_dir) as (_, val_tmp, train_tmp):
         free = shutil.disk_usage(out_dir).free
         if free < needed:
             raise ValueError(f"{out_dir!r} has {free / 1e6:,.0f} MB free and needs about "

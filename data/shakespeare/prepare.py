@@ -11,7 +11,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
 from configurator import configure
-from data.common import dataset_paths, encode_gpt2, gpt2_bpe, replace_files
+from data.common import encode_gpt2, gpt2_bpe, replace_dataset
 
 configure(globals())
 text = (HERE.parent / "tinyshakespeare.txt").read_text(encoding="utf-8")
@@ -19,7 +19,7 @@ cut = int(len(text) * 0.9)  # by characters, as in the character data set
 bpe = gpt2_bpe()
 train_ids = encode_gpt2(bpe, text[:cut])
 val_ids = encode_gpt2(bpe, text[cut:])
-with replace_files(*dataset_paths(HERE)) as (_, val_tmp, train_tmp):
+with replace_dataset(HERE) as (_, val_tmp, train_tmp):
     train_ids.tofile(train_tmp)
     val_ids.tofile(val_tmp)
 print(f"train.bin {len(train_ids):,} tokens, val.bin {len(val_ids):,}")

@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import configure
-from data.common import dataset_paths, encode_gpt2, gpt2_bpe, replace_files, write_characters
+from data.common import encode_gpt2, gpt2_bpe, replace_dataset, write_characters
 
 tokens = 'characters'  # or 'gpt2': GPT-2's BPE
 val_frac = 0.1  # fraction of the tokens, at the end, held out for validation
@@ -73,7 +73,6 @@ def read_texts():
         print(f"skipped {skipped} files that are not UTF-8 text")
 
 
-os.makedirs(out_dir, exist_ok=True)
 if tokens == "characters":
     text = "\n".join(text for _, text in read_texts())
     print(write_characters(out_dir, text, val_frac))
@@ -81,7 +80,7 @@ if tokens == "characters":
 
 bpe = gpt2_bpe()
 end_of_text = np.array([bpe.eot_token], dtype="<u2")
-with replace_files(*dataset_paths(out_dir)) as (_, val_tmp, train_tmp):
+with replace_dataset(out_dir) as (_, val_tmp, train_tmp):
     with open(train_tmp, "wb") as file:
         for path, text in read_texts():
             try:
