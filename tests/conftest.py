@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import checkpoint
+from data import common
 
 
 def find_gpu():
@@ -87,17 +88,17 @@ def run(monkeypatch, capfd):
     run.err, also after an exception; signal handlers and torch's switches are restored.
     """
     locks = []
-    lock_run = checkpoint.lock_run
+    lock_folder = common.lock_folder
 
     def remember_lock(out_dir):
-        locks.append(lock_run(out_dir))
+        locks.append(lock_folder(out_dir))
         return locks[-1]
 
     def run(script, *arguments):
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-        monkeypatch.setattr(checkpoint, "lock_run", remember_lock)
+        monkeypatch.setattr(common, "lock_folder", remember_lock)
         excepthook = sys.excepthook
-        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE)
         handlers = [signal.getsignal(number) for number in numbers]
         try:
             return runpy.run_path(str(ROOT / script), run_name="__main__")

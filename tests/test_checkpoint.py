@@ -17,7 +17,8 @@ import torch
 from conftest import assert_same_state, newest, read_log
 
 import checkpoint as checkpoint_module
-from checkpoint import back_up_run, load_checkpoint, load_optimizer, lock_run, save_checkpoint
+from checkpoint import back_up, load_checkpoint, load_optimizer, save_checkpoint
+from data.common import lock_folder
 from model import GPT, GPTConfig
 
 SHAPE = dict(n_layer=1, n_head=2, n_embd=8, block_size=8, bias=True, vocab_size=28, dropout=0.0)
@@ -426,7 +427,7 @@ def test_resume_without_a_checkpoint_is_an_error(train):
 
 def test_folder_is_locked_before_its_checkpoint_is_read(out_dir, train):
     truncate(out_dir / "ckpt.pt")
-    with lock_run(str(out_dir)):
+    with lock_folder(str(out_dir)):
         with pytest.raises(ValueError, match="out_dir=.* is in use by another run"):
             train("a", "--init_from=resume")
         with pytest.raises(ValueError, match="out_dir=.* is in use by another run"):
@@ -436,7 +437,7 @@ def test_folder_is_locked_before_its_checkpoint_is_read(out_dir, train):
 
 
 def test_evaluation_only_needs_no_lock(out_dir, train, run):
-    with lock_run(str(out_dir)):
+    with lock_folder(str(out_dir)):
         train("a", "--init_from=resume", "--eval_only=True")
     assert run.out.count("step ") == 1
 
@@ -458,13 +459,13 @@ def test_new_run_backs_up_an_earlier_one(train, run, tmp_path):
 def test_files_of_one_run_get_one_number(tmp_path, capfd):
     for name in ("ckpt.pt", "last.pt", "log.csv", "loss.png", "log.1.csv", "last.2.pt", "notes"):
         (tmp_path / name).write_text(name)
-    back_up_run(str(tmp_path))
+    back_up(str(tmp_path), ("ckpt.pt", "last.pt", "log.csv", "loss.png"), os.rename)
     assert capfd.readouterr().out.count("backed up") == 4
     expected = {"ckpt.3.pt", "last.3.pt", "log.3.csv", "loss.3.png", "log.1.csv", "last.2.pt",
                 "notes"}
     assert set(os.listdir(tmp_path)) == expected
     assert (tmp_path / "last.3.pt").read_text() == "last.pt"
-    back_up_run(str(tmp_path))
+    back_up(str(tmp_path), ("ckpt.pt", "last.pt", "log.csv", "loss.png"), os.rename)
     assert set(os.listdir(tmp_path)) == expected
     assert capfd.readouterr().out == ""
 

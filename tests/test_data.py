@@ -139,7 +139,7 @@ def test_openwebtext_equals_tokenizing_one_document_at_a_time(
             ids += bpe.encode_ordinary(text) + [50256]
         expected.append(ids)
     assert read_ids(out_dir) == expected
-    assert sorted(os.listdir(out_dir)) == ["train.bin", "val.bin"]
+    assert sorted(os.listdir(out_dir)) == [".lock", "train.bin", "val.bin"]
 
 
 @pytest.mark.parametrize("name, content, named", [
@@ -157,7 +157,7 @@ def test_openwebtext_names_what_is_wrong_with_local_files(checkout, tmp_path, na
     error = prepare_error(checkout, "openwebtext", f"--files={tmp_path / name}", "--num_proc=1",
                           f"--out_dir={out_dir}")
     assert named in error
-    assert not out_dir.exists() or os.listdir(out_dir) == []
+    assert not out_dir.exists() or os.listdir(out_dir) == [".lock"]
 
 
 def test_openwebtext_refuses_a_pipe(checkout, tmp_path):
@@ -258,7 +258,7 @@ def test_openwebtext_ends_with_its_workers_and_keeps_the_old_files(
             assert not list(out_dir.glob("*.tmp"))
     else:
         assert err.splitlines()[-1].startswith("stopped") and "Traceback" not in err, err
-        assert os.listdir(out_dir) == ["train.bin"]
+        assert sorted(os.listdir(out_dir)) == [".lock", "train.bin"]
 
 
 # ---- own text ----
