@@ -12,6 +12,7 @@ import ast
 import builtins
 import contextlib
 import difflib
+import math
 import numbers
 import os
 import re
@@ -113,7 +114,7 @@ def check_type(key, value, default):
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)  # NumPy's included
     if kind is int and is_number and value % 1 == 0:
         return int(value)
-    if kind is float and is_number and abs(value) <= sys.float_info.max:  # neither nan nor inf
+    if kind is float and is_number and math.isfinite(value):
         return float(value)
     if kind in (bool, str) and type(value) is kind:
         return value

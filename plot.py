@@ -34,8 +34,6 @@ def read_log(folder):
                         iterations, values = columns.setdefault(column, ([], []))
                         iterations.append(iteration)
                         values.append(float(cell))
-        if not columns:
-            raise ValueError("it has no rows")
     except Exception as error:  # missing, or not a log
         raise ValueError(f"cannot read {path!r}: {error}; name the out_dir of a run") from None
     return columns

@@ -428,12 +428,21 @@ def test_resume_without_a_checkpoint_is_an_error(train):
 def test_folder_is_locked_before_its_checkpoint_is_read(out_dir, train):
     truncate(out_dir / "ckpt.pt")
     with lock_folder(str(out_dir)):
-        with pytest.raises(ValueError, match="out_dir=.* is in use by another run"):
+        with pytest.raises(ValueError, match="out_dir=.* is in use by another process"):
             train("a", "--init_from=resume")
-        with pytest.raises(ValueError, match="out_dir=.* is in use by another run"):
+        with pytest.raises(ValueError, match="out_dir=.* is in use by another process"):
             train("a")
     assert not (out_dir / "ckpt.1.pt").exists()
     train("a")  # the lock ended with its file
+
+
+def test_best_weights_are_kept_when_evaluations_change(out_dir, train):
+    best = (out_dir / "ckpt.pt").read_bytes()
+    train("a", "--init_from=resume", "--eval_iters=2", "--max_iters=4")
+    assert (out_dir / "ckpt.pt").read_bytes() != best
+    assert (out_dir / "ckpt.1.pt").read_bytes() == best
+    train("a", "--init_from=resume", "--eval_iters=2", "--max_iters=5")  # evaluated as before
+    assert not (out_dir / "ckpt.2.pt").exists()
 
 
 def test_evaluation_only_needs_no_lock(out_dir, train, run):

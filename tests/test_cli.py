@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from conftest import ROOT, finish, spawn
+from conftest import ROOT, TINY, finish, spawn
 
 SCRIPTS = ["train.py", "sample.py", "evaluate.py", "bench.py", "plot.py"]
 SCRIPTS += [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("data/*/prepare.py"))]
@@ -48,3 +48,11 @@ def test_error_with_stderr_closed_still_exits_with_1(tmp_path):
         os.close(2)
     process = spawn("plot.py", "nowhere", cwd=tmp_path, preexec_fn=close_stderr)
     assert finish(process, code=1) == ("", "")
+
+
+def test_a_name_that_stdout_cannot_show_ends_no_run(dataset, tmp_path):
+    out_dir = tmp_path / "日本 1"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    options = [*TINY, f"--dataset={dataset}", f"--out_dir={out_dir}", "--max_iters=1"]
+    out, err = finish(spawn("train.py", *options, env=environment))
+    assert err == "" and out.endswith(f"--out_dir='{tmp_path}/?? 1'\n")

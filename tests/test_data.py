@@ -334,7 +334,7 @@ def test_text_names_what_is_wrong(run, tmp_path, arguments, named):
     arguments = [argument.format(tmp_path) for argument in arguments]
     with pytest.raises(ValueError, match=named):
         run("data/text/prepare.py", *arguments, f"--out_dir={tmp_path / 'out'}")
-    assert not list(tmp_path.glob("out/*"))
+    assert not list(tmp_path.glob("out/[!.]*"))
 
 
 # ---- writing ----
@@ -403,6 +403,30 @@ class RunsCode:
         return os.mkdir, ("owned",)
 
 
+def test_meta_with_types_of_numpy_is_read_as_plain_types(tmp_path):
+    itos = {np.int64(i): character for i, character in enumerate(np.unique(list("hello")))}
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 4, "itos": itos}))
+    meta = common.read_meta(tmp_path)
+    assert meta["itos"] == dict(enumerate("ehlo"))
+    assert {type(x) for pair in meta["itos"].items() for x in pair} == {int, str}
+
+
+def test_two_processes_do_not_write_one_data_set(tmp_path):
+    common.write_characters(tmp_path, "ab" * 20)
+    before = read_ids(tmp_path)
+    with common.replace_dataset(tmp_path) as tmp_paths:
+        Path(tmp_paths[2]).write_bytes(b"cd" * 20)
+        with pytest.raises(ValueError, match="in use by another process"):
+            common.write_characters(tmp_path, "efg" * 20)
+        assert Path(tmp_paths[2]).exists() and read_ids(tmp_path) == before
+
+
+def test_more_characters_than_ids_are_refused(tmp_path):
+    text = "".join(map(chr, range(0x10000, 0x21000)))
+    with pytest.raises(ValueError, match="69632 different characters.*--tokens=gpt2"):
+        common.write_characters(tmp_path, text)
+
+
 def test_meta_that_would_run_code_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 1, "extra": RunsCode()}))
@@ -421,6 +445,8 @@ def test_meta_that_would_run_code_is_refused(tmp_path, monkeypatch):
     pickle.dumps({"vocab_size": np.float64(65)}),
     pickle.dumps({"vocab_size": 1, "itos": {1: "a"}}),
     pickle.dumps({"vocab_size": 1, "itos": ["a"]}),
+    pickle.dumps({"vocab_size": 1, "itos": {0: ["a"]}}),
+    pickle.dumps({"vocab_size": 1, "itos": {0.0: "a"}}),
 ])
 def test_damaged_meta_is_named(tmp_path, content):
     (tmp_path / "meta.pkl").write_bytes(content)

@@ -125,6 +125,9 @@ class FakeWandb:
         assert not options  # with step=..., wandb would drop rows of an earlier step
         self.rows.append(row)
 
+    def finish(self, exit_code):
+        self.exit_code = exit_code
+
 
 def test_wandb_gets_evaluations_and_iterations_with_iter_as_their_axis(
         train, tmp_path, monkeypatch):
@@ -142,6 +145,35 @@ def test_wandb_gets_evaluations_and_iterations_with_iter_as_their_axis(
     train("a", "--wandb_log=True", "--init_from=resume", "--max_iters=2")
     assert [options["id"] for options in wandb.options] == [None, "run1"]
     assert wandb.options[1]["resume"] == "allow"
+
+
+def test_failed_start_of_wandb_leaves_an_earlier_run_alone(train, tmp_path, monkeypatch):
+    def fail(**options):
+        raise RuntimeError("no API key")
+    train("a", "--max_iters=1")
+    files = sorted(os.listdir(tmp_path / "a"))
+    wandb = FakeWandb()
+    monkeypatch.setattr(wandb, "init", fail)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with pytest.raises(ValueError, match="no API key"):
+        train("a", "--wandb_log=True")
+    assert sorted(os.listdir(tmp_path / "a")) == files
+
+
+def test_row_that_did_not_fit_on_the_disk_leaves_no_part(train, run, tmp_path, monkeypatch):
+    writerow = csv.DictWriter.writerow
+
+    def write_half(self, row):
+        if row["iter"] == 1 and "loss" in row:
+            self.writer.writerow(["1", "half"])
+            raise OSError("No space left on device")
+        return writerow(self, row)
+
+    monkeypatch.setattr(csv.DictWriter, "writerow", write_half)
+    train("a", "--max_iters=3")
+    assert "No space left" in run.out
+    log = (tmp_path / "a" / "log.csv").read_text()
+    assert "half" not in log and re.findall(r"^\d", log, re.MULTILINE) == ["0", "0", "2", "3"]
 
 
 def test_wandb_itself_changes_nothing_and_continues_its_run(train, tmp_path, monkeypatch):

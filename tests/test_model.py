@@ -237,7 +237,7 @@ def test_context_of_one_token_can_be_sampled_from():
 
 
 def test_empty_prompt_is_refused():
-    with pytest.raises(ValueError, match="prompt is empty"):
+    with pytest.raises(ValueError, match="is empty: give at least one token"):
         small_model().generate(torch.zeros(2, 0, dtype=torch.long), 5)
 
 

@@ -8,11 +8,12 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import sys
 
 import pytest
 import torch
-from conftest import newest
+from conftest import newest, spawn
 
 from data.common import gpt2_bpe, tokenizer
 from model import GPT, GPTConfig
@@ -171,7 +172,7 @@ def test_empty_prompt_starts_from_end_of_text(sample_gpt2):
 
 
 @pytest.mark.parametrize("argument, named", [
-    ("--start=Q", "the character 'Q'"), ("--start=", "the prompt is empty"),
+    ("--start=Q", "the character 'Q'"), ("--start=", "(start) is empty"),
     ("--start=FILE:nowhere.txt", "nowhere.txt"), ("--temperature=-1.0", "temperature=-1.0"),
     ("--top_p=0.0", "top_p=0.0"), ("--top_k=-1", "top_k=-1"), ("--num_samples=0", "num_samples=0"),
     ("--out_dir=nowhere", "no ckpt.pt in out_dir='nowhere'"), ("--init_from=gpt3", "'gpt3'"),
@@ -235,3 +236,14 @@ def test_character_model_is_exported_without_a_tokenizer(sample, tmp_path):
         sample(f"--export={tmp_path / 'exported'}")
     files = sorted(path.name for path in (tmp_path / "exported").iterdir())
     assert files == ["config.json", "generation_config.json", "model.safetensors"]
+
+
+def test_a_closed_pipe_ends_sampling_quietly(gpt2_folder):
+    """As in `python sample.py ... | head -1`."""
+    process = spawn("sample.py", f"--init_from={gpt2_folder}", "--max_new_tokens=100000",
+                    "--num_samples=1", "--device=cpu")
+    process.stdout.read(1)
+    process.stdout.close()
+    err = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(timeout=100) == -signal.SIGPIPE and err == ""
