@@ -174,7 +174,7 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
 
     def hidden(self, idx, caches=None):
-        """Token ids (B, T) to the last layer norm (B, T, C); they continue those in `caches`."""
+        """Maps token ids (B, T), which continue those in `caches`, to hidden states (B, T, C)."""
         start = caches[0].length if caches else 0
         end = start + idx.size(1)
         if end > self.config.block_size:

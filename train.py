@@ -142,6 +142,8 @@ if backend not in backends:
     raise ValueError(f"backend={backend!r} must be 'gloo', or 'nccl' with GPUs")
 runtime.init_processes(rank, world_size, backend)
 
+# ---- signals ----
+
 stop_signal = 0
 
 
@@ -273,7 +275,7 @@ skipped = start["skipped"]  # updates that were not finite
 skipped_in_a_row = start["skipped_in_a_row"]
 wandb_id = start["wandb_id"]
 saved_iter = iter_num if checkpoint else None  # the iteration of the latest checkpoint
-is_new_best = False  # whether the best loss starts anew on resume
+evaluations_changed = False  # since the checkpoint, so that losses cannot be compared
 if checkpoint:
     for key, optimizer in optimizers.items():
         load_optimizer(optimizer, checkpoint.get(key))
@@ -287,9 +289,10 @@ if checkpoint:
         print(f"note: the data set {dataset!r} is not the one that the checkpoint was trained on")
     old = config | checkpoint["config"]
     changed = [key for key in ("eval_iters", "batch_size", "seed") if old[key] != config[key]]
-    if changed or not is_same_data:
+    evaluations_changed = not is_same_data or len(changed) > 0
+    if evaluations_changed:
         print("note: evaluations change, so the best val loss starts anew")
-        best_val_loss, best_iter, is_new_best = 1e9, None, True
+        best_val_loss, best_iter = 1e9, None
     checkpoint = start = None  # frees it
 
 if world_size > 1:
@@ -402,7 +405,7 @@ if master_process and not eval_only:
         wandb_run.define_metric("*", step_metric="iter")
     if saved_iter is None:
         back_up(out_dir, ("ckpt.pt", "last.pt", "log.csv", "loss.png"), os.rename)
-    elif is_new_best:
+    elif evaluations_changed:  # a copy, as it may be the one to resume from
         back_up(out_dir, ("ckpt.pt",), shutil.copyfile)
     trim_log()
 
