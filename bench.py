@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 
 import runtime
-from configurator import configure
+from configurator import UserError, configure
 from data.common import gpt2_bpe
 from model import GPT, GPTConfig
 
@@ -56,9 +56,9 @@ results = configure(globals())
 for key in ("steps", "batch_size", "num_samples", "tokens", "tokenize_mb"):
     minimum = 0 if key in ("tokens", "tokenize_mb") else 1
     if results[key] < minimum:
-        raise ValueError(f"{key}={results[key]} must be at least {minimum}")
+        raise UserError(f"{key}={results[key]} must be at least {minimum}")
 if optimizer_type not in ("adamw", "muon"):
-    raise ValueError(f"optimizer_type={optimizer_type!r} is none of 'adamw', 'muon'")
+    raise UserError(f"optimizer_type={optimizer_type!r} is none of 'adamw', 'muon'")
 
 device, dtype, compile = runtime.setup_device(device, dtype, compile)
 device_type = device.split(":")[0]

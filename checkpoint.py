@@ -17,6 +17,8 @@ import zipfile
 
 import torch
 
+from configurator import UserError
+
 VERSION = "0.9.0"
 GPT2_VOCAB_SIZE = 50257  # 256 bytes, 50,000 merges, <|endoftext|>
 MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
@@ -47,7 +49,7 @@ def save_checkpoint(checkpoint, path):
         with atomic_write(path) as file:
             torch.save(checkpoint, file)
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"cannot save {path!r}, earlier checkpoints are intact: {error} "
+        raise UserError(f"cannot save {path!r}, earlier checkpoints are intact: {error} "
                          "(if the disk is full, make room and resume)") from None
 
 
@@ -62,13 +64,13 @@ def load_checkpoint(path):
         checkpoint["iter_num"] = int(checkpoint["iter_num"])
         checkpoint["best_val_loss"] = float(checkpoint["best_val_loss"])
         if math.isnan(checkpoint["best_val_loss"]):  # no later loss would be lower
-            raise ValueError("best_val_loss is nan")
+            raise UserError("best_val_loss is nan")
         checkpoint["model_args"] = {name: checkpoint["model_args"][name] for name in MODEL_ARGS}
         checkpoint["config"] = dict(checkpoint["config"])
         state = {}
         for name, tensor in checkpoint["model"].items():
             if not tensor.isfinite().all():
-                raise ValueError(f"{name} are not finite floating-point numbers")
+                raise UserError(f"{name} are not finite floating-point numbers")
             if not name.endswith(".attn.bias"):  # a causal mask of older versions of nanoGPT
                 state[name.removeprefix("_orig_mod.")] = tensor
         checkpoint["model"] = state
@@ -81,17 +83,17 @@ def load_checkpoint(path):
         refused = re.search(r"Unsupported .*|GLOBAL \S+", str(error))  # what it tried to call
         cause = refused[0] if refused else str(error).split("\n")[0][:200]
         cause = f"{type(error).__name__}: {cause}"
-        raise ValueError(f"cannot use the checkpoint {path!r}: {cause}") from None
+        raise UserError(f"cannot use the checkpoint {path!r}: {cause}") from None
 
 
 def check_archive(path):
     """Raises ValueError for what torch.load does not notice: flipped bits, and compression."""
     with zipfile.ZipFile(path) as archive:
         if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-            raise ValueError("the archive is compressed: save it with torch.save")
+            raise UserError("the archive is compressed: save it with torch.save")
         damaged = archive.testzip()
         if damaged:
-            raise ValueError(f"checksum mismatch in {damaged}")
+            raise UserError(f"checksum mismatch in {damaged}")
 
 
 def newest_checkpoint(out_dir):
@@ -142,7 +144,7 @@ def load_optimizer(optimizer, saved):
     state = {}
     try:
         if saved["state"] and len(saved["state"]) != len(parameters):
-            raise ValueError(f"{len(saved['state'])} states for {len(parameters)} parameters")
+            raise UserError(f"{len(saved['state'])} states for {len(parameters)} parameters")
         for i, saved_state in saved["state"].items():
             state[i] = {}
             if is_adamw:
@@ -150,11 +152,11 @@ def load_optimizer(optimizer, saved):
             for name in moments:
                 moment = saved_state[name]
                 if moment.shape != parameters[i].shape or not moment.isfinite().all():
-                    raise ValueError(f"{name} {i} has shape {list(moment.shape)} or is not finite")
+                    raise UserError(f"{name} {i} has shape {list(moment.shape)} or is not finite")
                 # a contiguous copy: the file is mapped, and its strides cannot be trusted
                 state[i][name] = torch.empty(moment.shape).copy_(moment)
     except Exception as error:  # of another optimizer, or made by hand
-        raise ValueError(f"the optimizer state of the checkpoint does not fit ({error!r}): resume "
+        raise UserError(f"the optimizer state of the checkpoint does not fit ({error!r}): resume "
                          "with the optimizer_type that it was made with, or start anew") from None
     optimizer.load_state_dict(dict(optimizer.state_dict(), state=state))
 
@@ -182,7 +184,7 @@ def read_huggingface(source):
     Raises ValueError for what cannot be read, or is not built as OpenAI's GPT-2.
     """
     if not os.path.isdir(source) and source not in HUB_NAMES:
-        raise ValueError(f"there is no model {source!r} to start from: name one of {HUB_NAMES}, "
+        raise UserError(f"there is no model {source!r} to start from: name one of {HUB_NAMES}, "
                          "or a folder with a config.json and a model.safetensors")
     from safetensors.torch import load_file
     names = ["model.safetensors"]
@@ -199,7 +201,7 @@ def read_huggingface(source):
             state.update(load_file(find_file(source, name)))
     except Exception as error:  # offline, missing, damaged: many kinds
         cause = " ".join(str(error).split())
-        raise ValueError(f"cannot read a GPT-2 from {source!r}: {type(error).__name__}: {cause}; "
+        raise UserError(f"cannot read a GPT-2 from {source!r}: {type(error).__name__}: {cause}; "
                          "name a folder with a config.json and a model.safetensors") from None
     return model_args, from_huggingface_names(state)
 
@@ -208,10 +210,10 @@ def read_model_args(config):
     for key, allowed in OPENAI_ARCHITECTURE.items():
         value = config.get(key, allowed[0])
         if value not in allowed:
-            raise ValueError(f"not OpenAI's architecture: {key} is {value!r}, not {allowed[0]!r}")
+            raise UserError(f"not OpenAI's architecture: {key} is {value!r}, not {allowed[0]!r}")
     n_embd = config.get("n_embd", 768)
     if config.get("n_inner") not in (None, 4 * n_embd):
-        raise ValueError(f"not OpenAI's architecture: n_inner is not 4 * n_embd = {4 * n_embd}")
+        raise UserError(f"not OpenAI's architecture: n_inner is not 4 * n_embd = {4 * n_embd}")
     return dict(n_layer=config.get("n_layer", 12), n_head=config.get("n_head", 12), n_embd=n_embd,
                 block_size=config.get("n_positions", 1024), bias=True,
                 vocab_size=config.get("vocab_size", GPT2_VOCAB_SIZE), dropout=0.0)
@@ -290,4 +292,4 @@ def write_huggingface(model_args, state, folder):
             with open(os.path.join(folder, name + ".json"), "w", encoding="utf-8") as file:
                 json.dump(content, file, indent=2)
     except Exception as error:  # safetensors has its own kind of exception
-        raise ValueError(f"cannot write a model to {folder!r}: {error}") from None
+        raise UserError(f"cannot write a model to {folder!r}: {error}") from None

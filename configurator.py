@@ -10,21 +10,23 @@ read the ones made so far. `--key=value` sets one setting, `--help` lists them a
 
 import ast
 import builtins
-import contextlib
 import difflib
-import math
 import numbers
 import os
 import re
+import reprlib
 import sys
 import tokenize
 import traceback
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent
 PLAIN_TYPES = (bool, int, float, str)
+PATHS = ("out_dir", "dataset", "init_from", "export", "files", "tokens", "to")  # may begin with ~/
 given_settings = set()  # names that a config file or the command line has set
 config_files = []  # paths of the config files that have run
+
+
+class UserError(ValueError):
+    """A mistake of the user: shown in one line, without a traceback. Say how to mend it."""
 
 
 def configure(settings, paths=None):
@@ -34,12 +36,7 @@ def configure(settings, paths=None):
     `paths` collects the arguments that are not options, which are then no config files.
     """
     sys.excepthook = excepthook
-    if sys.stderr is None:  # closed, as by 2>&-
-        sys.stderr = open(os.devnull, "w")
-    if sys.stdout is None:
-        sys.stdout = open(os.devnull, "w")
-    with contextlib.suppress(AttributeError):  # a stream of a notebook or a test
-        sys.stdout.reconfigure(errors="replace")  # characters that a terminal cannot show
+    prepare_streams()
     given_settings.clear()
     plain = {key: value for key, value in settings.items() if type(value) in PLAIN_TYPES}
     defaults = {key: value for key, value in plain.items() if not key.startswith("_")}
@@ -52,7 +49,7 @@ def configure(settings, paths=None):
             key, text = argument[2:].split("=", 1)
             changes = {key: parse_value(text, defaults.get(key))}
         elif argument.startswith("-"):
-            raise ValueError(f"cannot read the argument {argument!r}; write --key=value")
+            raise UserError(f"cannot read the argument {argument!r}; write --key=value")
         elif paths is not None:
             paths.append(argument)
             continue
@@ -60,16 +57,29 @@ def configure(settings, paths=None):
             changes = run_config_file(argument, config)
         for key, value in changes.items():
             if key not in defaults:
-                nearest = difflib.get_close_matches(key, defaults, n=1, cutoff=0)
+                nearest = ", ".join(difflib.get_close_matches(key, defaults, n=1, cutoff=0))
                 hint = "--help lists all settings"
                 if not argument.startswith("-"):
                     hint = f"a helper variable needs a leading underscore: _{key}"
-                raise ValueError(f"unknown setting {key!r} in {argument!r}; did you mean "
-                                 f"{', '.join(nearest)}? ({hint})")
+                raise UserError(f"unknown setting {key!r} in {argument!r}; did you mean "
+                                f"{nearest}? ({hint})")
             config[key] = check_type(key, value, defaults[key])
+            if key in PATHS:
+                config[key] = os.path.expanduser(config[key])
             given_settings.add(key)
     settings.update(config)
     return config
+
+
+def prepare_streams():
+    """Lets stdout and stderr take any text: replaced on a terminal, UTF-8 in files and pipes."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed, as by 2>&-
+            setattr(sys, name, open(os.devnull, "w"))
+        elif hasattr(stream, "reconfigure"):  # not in a notebook
+            encoding = None if stream.isatty() else "utf-8"
+            stream.reconfigure(encoding=encoding, errors="replace", line_buffering=True)
 
 
 def run_config_file(path, config):
@@ -81,7 +91,7 @@ def run_config_file(path, config):
         hint = "arguments are config files or --key=value"
         if os.path.exists(path + ".py"):
             hint = f"did you mean {path + '.py'!r}?"
-        raise ValueError(f"cannot read the config file {path!r}; {hint} ({error})") from None
+        raise UserError(f"cannot read the config file {path!r}; {hint} ({error})") from None
     config_files.append(path)
     # Settings are passed as builtins: the file can read them, and its globals are what it assigns.
     names = {"__name__": "__config__", "__file__": path, "__builtins__": vars(builtins) | config}
@@ -112,65 +122,86 @@ def check_type(key, value, default):
     """`value` in the type of `default`: 1 -> 1.0, 2.0 -> 2; any plain type if that is 'auto'."""
     kind = type(default)
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)  # NumPy's included
-    if kind is int and is_number and value % 1 == 0:
-        return int(value)
-    if kind is float and is_number and math.isfinite(value):
-        return float(value)
+    if is_number and -1e30 < value < 1e30:
+        if kind is int and value % 1 == 0:
+            return int(value)
+        if kind is float:
+            return float(value)
     if kind in (bool, str) and type(value) is kind:
         return value
     if default == "auto" and type(value) in PLAIN_TYPES:
         return value
-    name = kind.__name__
-    raise ValueError(f"setting {key!r} must be of type {name} (default {default!r}), got {value!r}")
+    raise UserError(f"setting {key!r} must be of type {kind.__name__} (default {default!r}), "
+                    f"got {reprlib.repr(value)}")
+
+
+def check_ranges(config, ranges):
+    """Raises UserError for the first setting outside its range: {name: (minimum, maximum)}."""
+    for key, (minimum, maximum) in ranges.items():
+        if not minimum <= config[key] <= maximum:
+            raise UserError(f"{key}={config[key]} must be from {minimum} to {maximum}")
+
+
+def restore_settings(config, saved, fixed):
+    """
+    Updates `config` on resume: a setting that was not given now comes from `saved`, those of the
+    checkpoint. A given one wins, unless it is in `fixed`. Prints what a given setting changes.
+    """
+    for key, old_value in saved.items():
+        if key not in config:
+            continue
+        is_changed = key in given_settings and config[key] != old_value
+        if is_changed and key not in fixed:
+            print(f"note: {key} was {old_value!r} and is {config[key]!r} from here on")
+            continue
+        if is_changed:
+            print(f"note: {key} stays {old_value!r}: the model's shape is the checkpoint's")
+        config[key] = check_type(key, old_value, config[key])
 
 
 def help_text(settings, defaults):
     """The script's docstring, then each setting with its default and its comment in the source."""
-    lines = [(settings["__doc__"] or "").strip(), "", "settings (--key=value):"]
-    section = []  # comment lines that belong to the next setting
+    lines = [settings["__doc__"].strip(), "", "settings (--key=value):"]
     with tokenize.open(settings["__file__"]) as file:
-        source = file.read().split("configure(globals()")[0]
-    for line in source.splitlines():
-        name = line.split(" =")[0]
+        block = file.read().split("configure(globals()")[0].split("\nimport ")[-1]
+    for line in block.splitlines():
+        name, _, comment = line.partition("  # ")
+        name = name.split(" =")[0]
         if name in defaults:
             option = f"{name}={defaults[name]!r}"
-            comment = line.partition("  # ")[2]
-            lines += section + [f"  --{option:<36} {comment}".rstrip()]
-            section = []
-        elif line.startswith("#"):
-            section.append(line)
-        elif line:
-            section = []
+            lines.append(f"  --{option:<36} {comment}".rstrip())
+        elif line.startswith("#"):  # what the next settings are about
+            lines.append(line)
     return "\n".join(lines)
+
+
+def printable(text):
+    """`text` without control characters, which a stranger's file could send to a terminal."""
+    return re.sub(r"[^\n\t -~\u00a0-\U0010ffff]", "?", text)
 
 
 def excepthook(kind, error, trace):
     """
-    Prints an uncaught exception: in one line if the user can act on it, else with its traceback.
-    A ValueError raised in this project's files is a mistake of the user.
+    Prints an uncaught exception: a UserError, a missing file, too little memory or a lost process
+    in one line, anything else with its traceback.
     """
-    files = [frame.filename for frame in traceback.extract_tb(trace)]
-    from_config = any(file in config_files for file in files)
-    folder = Path(files[-1]).resolve().parent
-    is_ours = folder in (ROOT, ROOT / "data") or folder.parent == ROOT / "data"
     message = " ".join(str(error).split())
-    distributed = os.environ.get("WORLD_SIZE", "1") != "1"
+    in_config_file = any(frame.filename in config_files for frame in traceback.extract_tb(trace))
+    names_file = isinstance(error, OSError) and error.filename is not None
+    several = isinstance(error, RuntimeError) and os.environ.get("WORLD_SIZE", "1") != "1"
     peer_lost = re.search("^Dist|gloo|NCCL|Connection|Broken pipe", f"{kind.__name__} {message}")
-    text = "".join(traceback.format_exception(kind, error, trace))
     if kind is KeyboardInterrupt:
         text = "stopped"
-    elif from_config:
-        pass  # the traceback names the line
-    elif isinstance(error, OSError) or (kind is ValueError and is_ours):
+    elif isinstance(error, UserError) or (names_file and not in_config_file):
         text = f"error: {message}"
     elif isinstance(error, MemoryError) or "tried to allocate" in message.lower():
         text = f"error: out of memory; try a smaller batch_size, num_samples or model ({message})"
-    elif distributed and peer_lost:
-        rank = os.environ.get("RANK")
-        text = f"error: process {rank} cannot reach the others; see their errors ({message})"
-    # control characters, as in text quoted from a file, must not reach the terminal
-    text = re.sub(r"[^\n -~\u00a0-\U0010ffff]", "?", text.strip())
-    print(text, file=sys.stderr)
+    elif several and peer_lost:
+        text = (f"error: process {os.environ.get('RANK')} cannot reach the others; see their "
+                f"errors ({message})")
+    else:
+        text = "".join(traceback.format_exception(kind, error, trace)).strip()
+    print(printable(text), file=sys.stderr)
 
 
 if __name__ == "__main__":  # exec'd by a script, as nanoGPT's scripts do

@@ -18,6 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from checkpoint import load_checkpoint, read_huggingface, write_huggingface
+from configurator import UserError
 from muon import Muon
 from runtime import has_native_bfloat16, peak_flops
 
@@ -36,12 +37,12 @@ class GPTConfig:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+                raise UserError(f"{name} must be an integer of at least 1, got {value!r}")
         if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: "
+            raise UserError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: "
                              "choose a multiple")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout!r}")
+            raise UserError(f"dropout must be at least 0 and below 1, got {self.dropout!r}")
 
 
 class Linear(nn.Linear):
@@ -178,7 +179,7 @@ class GPT(nn.Module):
         start = caches[0].length if caches else 0
         end = start + idx.size(1)
         if end > self.config.block_size:
-            raise ValueError(f"{end} tokens do not fit into block_size={self.config.block_size}: "
+            raise UserError(f"{end} tokens do not fit into block_size={self.config.block_size}: "
                              "shorten the input")
         x = self.transformer.wte(idx) + self.transformer.wpe.weight[start:end]
         x = self.transformer.drop(x)
@@ -246,7 +247,7 @@ class GPT(nn.Module):
     def crop_block_size(self, block_size):
         """Shortens the context to `block_size` tokens, for finetuning on shorter sequences."""
         if not 1 <= block_size <= self.config.block_size:
-            raise ValueError(f"block_size={block_size} must be from 1 to {self.config.block_size}, "
+            raise UserError(f"block_size={block_size} must be from 1 to {self.config.block_size}, "
                              "the context of the pretrained model")
         self.config.block_size = block_size
         weight = self.transformer.wpe.weight[:block_size].detach().clone()
@@ -273,7 +274,7 @@ class GPT(nn.Module):
         later half of it is read again as a new context, about every block_size / 2 tokens.
         """
         if idx.size(1) == 0:
-            raise ValueError("the prompt (start) is empty: give at least one token")
+            raise UserError("the prompt (start) is empty: give at least one token")
         block_size = self.config.block_size
         capacity = min(block_size, idx.size(1) + max_new_tokens)
         caches = [KVCache(capacity) for _ in range(self.config.n_layer)]
@@ -319,14 +320,14 @@ class GPT(nn.Module):
             while state:
                 name, tensor = state.popitem()
                 if not tensor.is_floating_point() or not tensor.isfinite().all():
-                    raise ValueError(f"{name} are not finite floating-point numbers")
+                    raise UserError(f"{name} are not finite floating-point numbers")
                 weights[name] = tensor.to("cpu", torch.float32, copy=True).contiguous()
             if not torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"]):
-                raise ValueError("lm_head.weight is not transformer.wte.weight: it must be tied")
+                raise UserError("lm_head.weight is not transformer.wte.weight: it must be tied")
             model.load_state_dict(weights, assign=True)
         except Exception as error:  # missing, of another shape, or made by hand
             cause = " ".join(str(error).split())
-            raise ValueError(f"the weights do not fit {model_args}: {cause}") from None
+            raise UserError(f"the weights do not fit {model_args}: {cause}") from None
         model.lm_head.weight = model.transformer.wte.weight  # tied again
         return model
 
@@ -338,7 +339,7 @@ class GPT(nn.Module):
         """
         override_args = override_args or {}
         if not set(override_args) <= {"dropout"}:
-            raise ValueError(f"override_args={override_args} may only set 'dropout'")
+            raise UserError(f"override_args={override_args} may only set 'dropout'")
         model_args, state = read_huggingface(name_or_folder)
         return cls.from_state(model_args | override_args, state)
 
@@ -376,5 +377,5 @@ def load_model(init_from, out_dir):
         if os.path.exists(path):
             checkpoint = load_checkpoint(path)
             return GPT.from_state(checkpoint["model_args"], checkpoint["model"]), checkpoint
-    raise ValueError(f"there is no ckpt.pt in out_dir={out_dir!r}: train first, name another "
+    raise UserError(f"there is no ckpt.pt in out_dir={out_dir!r}: train first, name another "
                      "--out_dir, or start from --init_from=gpt2")

@@ -10,7 +10,7 @@ train.py draws this picture when it ends. Use the script to look earlier, or to 
 import csv
 import os
 
-from configurator import configure
+from configurator import UserError, configure
 
 to = ''  # picture to write: .png, .svg or .pdf; '': loss.png in the folder of the first run
 
@@ -35,7 +35,7 @@ def read_log(folder):
                         iterations.append(iteration)
                         values.append(float(cell))
     except Exception as error:  # missing, or not a log
-        raise ValueError(f"cannot read {path!r}: {error}; name the out_dir of a run") from None
+        raise UserError(f"cannot read {path!r}: {error}; name the out_dir of a run") from None
     return columns
 
 
@@ -71,10 +71,10 @@ if __name__ == "__main__":
     folders = []
     configure(globals(), paths=folders)
     if not folders:
-        raise ValueError("no run given; name its out_dir: python plot.py out")
+        raise UserError("no run given; name its out_dir: python plot.py out")
     if not to:
         to = os.path.join(folders[0], "loss.png")
     if not to.endswith((".png", ".svg", ".pdf")):
-        raise ValueError(f"to={to!r} must end in .png, .svg or .pdf")
+        raise UserError(f"to={to!r} must end in .png, .svg or .pdf")
     draw_losses(folders, to)
     print(f"saved {to}")

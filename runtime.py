@@ -11,6 +11,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from configurator import UserError
+
 TIMEOUT = datetime.timedelta(minutes=10)  # for a process that waits for the others
 
 # Dense bfloat16 FLOP/s (float16 for V100 and T4). Data sheets often give the figure for 2:4 sparse
@@ -37,7 +39,7 @@ def process_ranks():
         if 0 <= rank < world_size and has_address:
             return rank, local_rank, world_size
     found = ", ".join(f"{name}={os.environ.get(name, '(not set)')}" for name in names)
-    raise ValueError(f"these variables do not describe a process group: {found}; launch with "
+    raise UserError(f"these variables do not describe a process group: {found}; launch with "
                      "torchrun, or unset RANK and WORLD_SIZE to run a single process")
 
 
@@ -81,9 +83,9 @@ def setup_device(device, dtype, compile, local_rank=0, deterministic=False):
         if has_native_bfloat16(device_type):
             dtype = "bfloat16"
     if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype={dtype!r} is none of 'auto', 'float32', 'bfloat16', 'float16'")
+        raise UserError(f"dtype={dtype!r} is none of 'auto', 'float32', 'bfloat16', 'float16'")
     if compile not in ("auto", True, False):
-        raise ValueError(f"compile={compile!r} is none of 'auto', True, False")
+        raise UserError(f"compile={compile!r} is none of 'auto', True, False")
     if compile == "auto":
         compile = device_type == "cuda"
 
@@ -110,20 +112,20 @@ def choose_device(device, local_rank):
     elif device == "auto":
         device = "mps" if has_mps else "cpu"
     if not re.fullmatch(r"cuda(:\d+)?|mps|cpu", str(device)):
-        raise ValueError(f"device={device!r} is none of 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
+        raise UserError(f"device={device!r} is none of 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
     if device == "mps" and not has_mps:
-        raise ValueError("device='mps' needs an Apple GPU and a single process: use --device=cpu")
+        raise UserError("device='mps' needs an Apple GPU and a single process: use --device=cpu")
     if not device.startswith("cuda"):
         return device
     if not torch.cuda.is_available():
-        raise ValueError(f"device={device!r}, but torch finds no CUDA GPU: use --device=cpu, or "
+        raise UserError(f"device={device!r}, but torch finds no CUDA GPU: use --device=cpu, or "
                          "install a CUDA build of torch")
     num_gpus = torch.cuda.device_count()
     index = int(device.partition(":")[2] or 0)
     if "LOCAL_RANK" in os.environ and num_gpus > 1:  # a scheduler may show each process one GPU
         index = local_rank
     if index >= num_gpus:
-        raise ValueError(f"there is no cuda:{index} among the {num_gpus} GPUs of this machine: "
+        raise UserError(f"there is no cuda:{index} among the {num_gpus} GPUs of this machine: "
                          "start fewer processes, or choose another --device")
     torch.cuda.set_device(index)
     return f"cuda:{index}"

@@ -14,7 +14,7 @@ import sys
 import torch
 from tqdm import tqdm
 
-from configurator import configure
+from configurator import UserError, configure
 from data.common import gpt2_files, read_meta, tokenizer
 from model import load_model
 from runtime import setup_device
@@ -42,7 +42,7 @@ LIMITS = {"num_samples": (1, 1e5), "max_new_tokens": (1, 1e9), "temperature": (0
           "top_k": (0, 1e9), "top_p": (1e-9, 1), "seed": (0, 2 ** 63)}
 for key, (minimum, maximum) in LIMITS.items():
     if not minimum <= config[key] <= maximum:
-        raise ValueError(f"{key}={config[key]} must be from {minimum} to {maximum:g}")
+        raise UserError(f"{key}={config[key]} must be from {minimum} to {maximum:g}")
 
 # ---- model and tokenizer ----
 
@@ -75,7 +75,7 @@ if start.startswith("FILE:"):
         with open(0 if path == "-" else path, encoding="utf-8-sig") as file:
             start = file.read()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read the prompt {path!r}: {error}") from None
+        raise UserError(f"cannot read the prompt {path!r}: {error}") from None
 ids = encode(start)
 if not ids and end_token is not None:
     ids = [end_token]

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import runtime
 from checkpoint import back_up, load_optimizer, newest_checkpoint, save_checkpoint
-from configurator import check_type, configure, given_settings
+from configurator import UserError, check_type, configure, given_settings
 from data.common import fingerprint, lock_folder, open_tokens, prepare_hint, read_meta
 from model import GPT, GPTConfig
 from plot import draw_losses
@@ -97,7 +97,7 @@ checkpoint = None
 if init_from in ("resume", "auto"):
     checkpoint = newest_checkpoint(out_dir)
     if checkpoint is None and init_from == "resume":
-        raise ValueError(f"there is no ckpt.pt in out_dir={out_dir!r} to resume from: name another "
+        raise UserError(f"there is no ckpt.pt in out_dir={out_dir!r} to resume from: name another "
                          "--out_dir, or start with --init_from=scratch")
 if checkpoint:
     # Given settings win, the others come from the checkpoint, except those of this machine.
@@ -121,16 +121,16 @@ for key, value in config.items():
         minimum = 1 if key in AT_LEAST_1 else 0
         maximum = 1 if key in ("dropout", "beta1", "beta2") else 2 ** 31
         if not minimum <= value < maximum:
-            raise ValueError(f"{key}={value} must be at least {minimum} and below {maximum}")
+            raise UserError(f"{key}={value} must be at least {minimum} and below {maximum}")
 if optimizer_type not in ("adamw", "muon"):
-    raise ValueError(f"optimizer_type={optimizer_type!r} is none of 'adamw', 'muon'")
+    raise UserError(f"optimizer_type={optimizer_type!r} is none of 'adamw', 'muon'")
 if lr_schedule not in ("cosine", "wsd"):
-    raise ValueError(f"lr_schedule={lr_schedule!r} is none of 'cosine', 'wsd'")
+    raise UserError(f"lr_schedule={lr_schedule!r} is none of 'cosine', 'wsd'")
 
 # ---- processes and device ----
 
 if gradient_accumulation_steps % world_size != 0:
-    raise ValueError(f"gradient_accumulation_steps={gradient_accumulation_steps} is not divisible "
+    raise UserError(f"gradient_accumulation_steps={gradient_accumulation_steps} is not divisible "
                      f"by {world_size} processes: choose a multiple of {world_size}")
 device, dtype, compile = runtime.setup_device(device, dtype, compile, local_rank, deterministic)
 device_type = device.split(":")[0]
@@ -139,7 +139,7 @@ backends = ("nccl", "gloo") if device_type == "cuda" else ("gloo",)
 if backend == "auto":
     backend = backends[0]
 if backend not in backends:
-    raise ValueError(f"backend={backend!r} must be 'gloo', or 'nccl' with GPUs")
+    raise UserError(f"backend={backend!r} must be 'gloo', or 'nccl' with GPUs")
 runtime.init_processes(rank, world_size, backend)
 
 # ---- signals ----
@@ -207,7 +207,7 @@ def load_sequences(split, offsets):
     windows = offsets[:, None] + np.arange(block_size + 1)  # (B, T + 1)
     ids = tokens[windows].astype(np.int64)
     if ids.max() >= data_vocab_size:
-        raise ValueError(f"{tokens.filename} has the token id {ids.max()}, but a vocabulary of "
+        raise UserError(f"{tokens.filename} has the token id {ids.max()}, but a vocabulary of "
                          f"{data_vocab_size}: {prepare_hint(dataset)}")
     ids = torch.from_numpy(ids)
     on_cuda = device_type == "cuda"
@@ -253,7 +253,7 @@ model.to(device)
 model_args = vars(model.config)
 is_padded_gpt2 = meta is None and model.config.vocab_size == 50304
 if model.config.vocab_size != data_vocab_size and not is_padded_gpt2:
-    raise ValueError(f"the model has a vocabulary of {model.config.vocab_size}, the data set "
+    raise UserError(f"the model has a vocabulary of {model.config.vocab_size}, the data set "
                      f"{dataset!r} one of {data_vocab_size}: use a data set of the same tokenizer")
 config.update(model_args, device=device, dtype=dtype, compile=compile, backend=backend)
 
@@ -282,7 +282,7 @@ if checkpoint:
     if checkpoint["scaler"]:
         scaler.load_state_dict(checkpoint["scaler"])
     if checkpoint["data"] and checkpoint["itos"] != itos:
-        raise ValueError(f"the data set {dataset!r} has other characters than the checkpoint: "
+        raise UserError(f"the data set {dataset!r} has other characters than the checkpoint: "
                          "resume with its own data set, or start anew")
     is_same_data = checkpoint["data"] in (None, data_fingerprint)
     if not is_same_data:
@@ -301,7 +301,7 @@ if world_size > 1:
     states = [None] * world_size
     dist.all_gather_object(states, (iter_num, model_args, settings, data_fingerprint))
     if any(state != states[0] for state in states):
-        raise ValueError("the processes differ in their checkpoints, settings or data: give all "
+        raise UserError("the processes differ in their checkpoints, settings or data: give all "
                          "of them the same ones, and an out_dir on shared storage")
 
 if dropout > 0:
@@ -400,7 +400,7 @@ if master_process and not eval_only:
             wandb_run = wandb.init(project=wandb_project, name=wandb_run_name, config=config,
                                    id=wandb_id, resume="allow")
         except wandb.Error as error:
-            raise ValueError(f"wandb: {error} (WANDB_MODE=offline needs no account)") from None
+            raise UserError(f"wandb: {error} (WANDB_MODE=offline needs no account)") from None
         wandb_id = wandb_run.id
         wandb_run.define_metric("*", step_metric="iter")
     if saved_iter is None:
@@ -597,7 +597,7 @@ if diverged:
         sys.exit(1)
     restart = "scratch" if saved_iter is None else f"resume (continues at iteration {saved_iter})"
     uncompiled = "with --compile=False, or " if compile else ""
-    raise ValueError(f"loss or gradient is not finite at iteration {iter_num - 1}, after {skipped} "
+    raise UserError(f"loss or gradient is not finite at iteration {iter_num - 1}, after {skipped} "
                      f"skipped updates: start again with --init_from={restart}, {uncompiled}with a "
                      "lower learning_rate or another dtype")
 if world_size > 1:

