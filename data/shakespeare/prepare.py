@@ -19,7 +19,7 @@ cut = int(len(text) * 0.9)  # by characters, as in the character data set
 bpe = gpt2_bpe()
 train_ids = encode_gpt2(bpe, text[:cut])
 val_ids = encode_gpt2(bpe, text[cut:])
-with replace_dataset(HERE) as (_, val_tmp, train_tmp):
-    train_ids.tofile(train_tmp)
-    val_ids.tofile(val_tmp)
+with replace_dataset(HERE) as tmp_folder:
+    train_ids.tofile(Path(tmp_folder, "train.bin"))
+    val_ids.tofile(Path(tmp_folder, "val.bin"))
 print(f"train.bin {len(train_ids):,} tokens, val.bin {len(val_ids):,}")

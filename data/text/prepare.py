@@ -80,7 +80,8 @@ if tokens == "characters":
 
 bpe = gpt2_bpe()
 end_of_text = np.array([bpe.eot_token], dtype="<u2")
-with replace_dataset(out_dir) as (_, val_tmp, train_tmp):
+with replace_dataset(out_dir) as tmp_folder:
+    train_tmp = os.path.join(tmp_folder, "train.bin")
     with open(train_tmp, "wb") as file:
         for path, text in read_texts():
             try:
@@ -93,6 +94,7 @@ with replace_dataset(out_dir) as (_, val_tmp, train_tmp):
     train_tokens = total - val_tokens
     if train_tokens < 1:
         raise UserError(f"cannot split {total} tokens with val_frac={val_frac}; use more text")
-    np.memmap(train_tmp, dtype="<u2", mode="r")[train_tokens:].tofile(val_tmp)
+    val_ids = np.memmap(train_tmp, dtype="<u2", mode="r")[train_tokens:]
+    val_ids.tofile(os.path.join(tmp_folder, "val.bin"))
     os.truncate(train_tmp, 2 * train_tokens)
 print(f"train.bin {train_tokens:,} tokens, val.bin {val_tokens:,}")
