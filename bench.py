@@ -9,10 +9,9 @@ The last line is JSON: settings, train_ours_ms, train_ours_rate (tokens per seco
 (peak memory, on CUDA without `compare`), train_baseline_ratio (its time / ours), mfu and so on.
 """
 
-import os
+from configurator import check_choice, check_ranges, configure, set_environment
 
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in train.py
+set_environment()  # before torch is imported
 
 import json
 import math
@@ -22,7 +21,6 @@ import time
 import torch
 
 import runtime
-from configurator import UserError, check_range, configure
 from model import GPT, GPTConfig
 
 n_layer = 12
@@ -42,14 +40,14 @@ dtype = 'auto'  # 'bfloat16' where it is native, 'float16', 'float32'
 compile = 'auto'  # True, False; 'auto': on CUDA
 
 results = configure(globals())
-check_range("steps", steps, 1)
-if optimizer_type not in ("adamw", "muon"):
-    raise UserError(f"optimizer_type={optimizer_type!r} is none of 'adamw', 'muon'")
+check_ranges(results, "batch_size steps num_samples", 1)
+check_choice("optimizer_type", optimizer_type, ("adamw", "muon"))
 device, dtype, compile = runtime.setup_device(device, dtype, compile)
 device_type = device.split(":")[0]
 gpu = torch.cuda.get_device_name(device) if device_type == "cuda" else None
 results.update(device=device, dtype=dtype, compile=compile, torch=torch.__version__, gpu=gpu)
-config = GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, 0.0, bias)
+config = GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size,
+                   vocab_size=vocab_size, bias=bias)
 x, y = torch.randint(vocab_size, (2, batch_size, block_size), device=device)  # (B, T) each
 
 

@@ -44,7 +44,7 @@ def test_muon_is_measured_and_sampling_can_be_left_out(run):
     assert "sample_ours_ms" not in results
 
 
-@pytest.mark.parametrize("argument", ["--steps=0", "--optimizer_type=sgd"])
+@pytest.mark.parametrize("argument", ["--steps=0", "--batch_size=0", "--optimizer_type=sgd"])
 def test_impossible_settings_are_refused(run, argument):
     with pytest.raises(ValueError, match=argument[2:].split("=")[0]):
         run("bench.py", *TINY, argument)
