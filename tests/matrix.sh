@@ -6,7 +6,7 @@ set -u
 cd "$(dirname "$0")/.."
 folder=${1:-$(mktemp -d)}
 names=${*:2}
-lowest="torch==2.11.0 numpy==2.0.0 tiktoken==0.12.0 tokenizers==0.22.0 datasets==4.0.0
+lowest="torch==2.11.0 numpy==2.0.0 tiktoken==0.12.0 tokenizers==0.22.2 datasets==4.0.0
   wandb==0.20.1 tqdm==4.66.3 safetensors==0.4.3 matplotlib==3.9.0"
 table=""
 failed=0
