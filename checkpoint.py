@@ -6,22 +6,20 @@ A checkpoint is a dict of tensors and plain values. Its keys `model`, `optimizer
 """
 
 import contextlib
+import dataclasses
 import glob
 import json
-import math
 import os
 import re
 import sys
-import time
 import zipfile
 
 import torch
 
 from configurator import UserError
 
-VERSION = "0.9.0"
+VERSION = "0.10.0"
 GPT2_VOCAB_SIZE = 50257  # 256 bytes, 50,000 merges, <|endoftext|>
-MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
 
 # ---- checkpoints ----
 
@@ -29,7 +27,7 @@ MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size",
 @contextlib.contextmanager
 def atomic_write(path):
     """Opens a temporary file that replaces `path` at the end; after an error, `path` is intact."""
-    tmp_path = path + ".tmp"
+    tmp_path = f"{path}.{os.environ.get('RANK', 0)}.tmp"  # after an error, each process may write
     try:
         with open(tmp_path, "wb") as file:
             yield file
@@ -41,74 +39,79 @@ def atomic_write(path):
             os.remove(tmp_path)
 
 
-def save_checkpoint(checkpoint, path):
-    """Writes a checkpoint atomically. Raises ValueError if the disk is full or not writable."""
-    checkpoint = dict(checkpoint, version=VERSION, torch_version=str(torch.__version__))
+def save_checkpoint(path, state, **values):
+    """
+    Writes `state`, a dict of plain values and things with a state_dict, and `values` atomically.
+    Raises UserError if the disk is full or not writable.
+    """
+    checkpoint = dict(values, version=VERSION, torch_version=str(torch.__version__))
+    for key, value in state.items():
+        checkpoint[key] = value.state_dict() if hasattr(value, "state_dict") else value
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with atomic_write(path) as file:
             torch.save(checkpoint, file)
     except (OSError, RuntimeError) as error:
         raise UserError(f"cannot save {path!r}, earlier checkpoints are intact: {error} "
-                         "(if the disk is full, make room and resume)") from None
+                        "(if the disk is full, make room and resume)") from None
 
 
 def load_checkpoint(path):
     """
     Reads a checkpoint, ours or nanoGPT's, its tensors memory-mapped on the CPU. Only plain data is
-    read: a file from a stranger cannot run code. Raises ValueError for a damaged file.
+    read: a file from a stranger cannot run code. Raises UserError for a damaged file.
     """
     try:
-        check_archive(path)
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged:  # torch.load does not check
+            raise ValueError(f"checksum mismatch in {damaged}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         checkpoint["iter_num"] = int(checkpoint["iter_num"])
-        checkpoint["best_val_loss"] = float(checkpoint["best_val_loss"])
-        if math.isnan(checkpoint["best_val_loss"]):  # no later loss would be lower
-            raise UserError("best_val_loss is nan")
-        checkpoint["model_args"] = {name: checkpoint["model_args"][name] for name in MODEL_ARGS}
+        best_val_loss = float(checkpoint["best_val_loss"])  # nanoGPT's may be a tensor, or nan
+        checkpoint["best_val_loss"] = min(1e9, best_val_loss)
+        weights = checkpoint["model"].items()
+        checkpoint["model"] = {name.removeprefix("_orig_mod."): p for name, p in weights}
         checkpoint["config"] = dict(checkpoint["config"])
-        state = {}
-        for name, tensor in checkpoint["model"].items():
-            if not tensor.isfinite().all():
-                raise UserError(f"{name} are not finite floating-point numbers")
-            if not name.endswith(".attn.bias"):  # a causal mask of older versions of nanoGPT
-                state[name.removeprefix("_orig_mod.")] = tensor
-        checkpoint["model"] = state
+        checkpoint["model_args"] = dict(checkpoint["model_args"])
         if "version" not in checkpoint:  # nanoGPT's CPU runs store a float16 that they do not use
             checkpoint["config"].pop("dtype", None)
-        nanogpt_lacks = dict(skipped=0, skipped_in_a_row=0, best_iter=None, scaler=None,
-                             wandb_id=None, itos=None, data=None)
+        nanogpt_lacks = dict(scaler={}, wandb_id=None, itos=None, tokenizer=None, data=None)
         return nanogpt_lacks | checkpoint
     except Exception as error:  # a damaged file can raise anything
         refused = re.search(r"Unsupported .*|GLOBAL \S+", str(error))  # what it tried to call
-        cause = refused[0] if refused else str(error).split("\n")[0][:200]
-        cause = f"{type(error).__name__}: {cause}"
+        cause = refused[0] if refused else f"{type(error).__name__}: {one_line(error)}"
         raise UserError(f"cannot use the checkpoint {path!r}: {cause}") from None
 
 
-def check_archive(path):
-    """Raises ValueError for what torch.load does not notice: flipped bits, and compression."""
-    with zipfile.ZipFile(path) as archive:
-        if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-            raise UserError("the archive is compressed: save it with torch.save")
-        damaged = archive.testzip()
-        if damaged:
-            raise UserError(f"checksum mismatch in {damaged}")
-
-
-def newest_checkpoint(out_dir):
+def newest_checkpoint(out_dir, required=False):
     """The later of ckpt.pt and last.pt, or the other if it is damaged. None without either."""
-    paths = [os.path.join(out_dir, name) for name in ("ckpt.pt", "last.pt")]
-    paths = [path for path in paths if os.path.exists(path)]
-    paths.sort(key=read_iter_num)
+    paths = find_checkpoints(out_dir, required)
+    paths.sort(key=read_iter_num)  # on a tie ckpt.pt comes last: an evaluation wrote it afterwards
     while paths:
         try:
             return load_checkpoint(paths.pop())
-        except ValueError as error:
+        except UserError as error:
             if not paths:
                 raise
             print(f"note: {error}; resuming from {paths[0]!r} instead")
     return None
+
+
+def best_checkpoint(out_dir, required=False):
+    """The checkpoint to sample from: ckpt.pt, else last.pt. None without either."""
+    paths = find_checkpoints(out_dir, required)
+    return load_checkpoint(paths[-1]) if paths else None
+
+
+def find_checkpoints(out_dir, required):
+    """The paths of last.pt and ckpt.pt, as far as they exist. UserError: `required`, and none."""
+    paths = [os.path.join(out_dir, name) for name in ("last.pt", "ckpt.pt")]
+    paths = [path for path in paths if os.path.exists(path)]
+    if required and not paths:
+        raise UserError(f"there is no ckpt.pt in out_dir={out_dir!r}: train first, name another "
+                        "--out_dir, or choose another --init_from")
+    return paths
 
 
 def read_iter_num(path):
@@ -116,55 +119,119 @@ def read_iter_num(path):
     try:
         return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["iter_num"])
     except Exception:  # load_checkpoint will say what is wrong
-        return math.inf
+        return float("inf")
 
 
-def back_up(out_dir, names, move):
-    """Moves files of an earlier run to ckpt.1.pt, log.1.csv and so on, by os.rename or a copy."""
-    number = 1
-    while glob.glob(os.path.join(glob.escape(out_dir), f"*.{number}.*")):
-        number += 1
-    for name in names:
-        path = os.path.join(out_dir, name)
-        if os.path.exists(path):
-            stem, extension = os.path.splitext(path)
-            backup = f"{stem}.{number}{extension}"
-            move(path, backup)
-            print(f"backed up {path} of an earlier run as {backup}")
+def build_model(model_class, config_class, model_args, weights):
+    """
+    A model of the shape `model_args` with a copy of `weights`. Fields of the config that
+    `model_args` lacks take their defaults, with a note. Raises UserError for what does not fit.
+    """
+    fields = {field.name: field.default for field in dataclasses.fields(config_class)}
+    for name in model_args.keys() - fields.keys():
+        raise UserError(f"the model has {name}={model_args[name]!r}, and {config_class.__name__} "
+                        "no such field: use the model.py that it was trained with")
+    for name in fields.keys() - model_args.keys():
+        print(f"note: the model was made without {name}: it takes the default {fields[name]!r}")
+    model = model_class(config_class(**model_args))
+    names = model.state_dict().keys()
+    # older checkpoints of nanoGPT have causal masks
+    weights = {name: tensor for name, tensor in weights.items()
+               if name in names or not name.endswith(".attn.bias")}
+    try:
+        model.load_state_dict(weights)
+    except Exception as error:  # weights made by hand can raise anything
+        raise UserError(f"the weights do not fit {model_args}: {one_line(error)}") from None
+    for name, p in model.named_parameters():  # a buffer may be infinite, as masks are
+        if not p.isfinite().all():
+            raise UserError(f"{name} has values that are not finite: use another checkpoint")
+    return model
+
+
+def one_line(error):
+    return " ".join(str(error).split())[:500]
+
+
+def restore(state, checkpoint):
+    """Restores what `save_checkpoint` wrote of `state`, except the model, which is built first."""
+    for key, value in state.items():
+        if key not in checkpoint:
+            print(f"note: the checkpoint has no {key}: it starts anew")
+        elif isinstance(value, torch.optim.Optimizer):
+            load_optimizer(value, checkpoint[key])
+        elif not hasattr(value, "load_state_dict"):
+            state[key] = checkpoint[key]
+        elif key != "model" and checkpoint[key]:  # a disabled GradScaler's is empty
+            value.load_state_dict(checkpoint[key])
 
 
 def load_optimizer(optimizer, saved):
     """
-    Restores moments and step counts. Options such as weight decay stay as they are set now.
-    Raises ValueError for the state of another optimizer or model.
+    Restores an optimizer's state; its options, such as weight decay, stay as they are set now.
+    Raises UserError for the state of another optimizer or model.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    is_adamw = isinstance(optimizer, torch.optim.AdamW)
-    moments = ("exp_avg", "exp_avg_sq") if is_adamw else ("momentum_buffer",)
-    state = {}
+    own = optimizer.state_dict()
     try:
-        if saved["state"] and len(saved["state"]) != len(parameters):
-            raise UserError(f"{len(saved['state'])} states for {len(parameters)} parameters")
-        for i, saved_state in saved["state"].items():
-            state[i] = {}
-            if is_adamw:
-                state[i]["step"] = torch.tensor(float(saved_state["step"]))
-            for name in moments:
-                moment = saved_state[name]
-                if moment.shape != parameters[i].shape or not moment.isfinite().all():
-                    raise UserError(f"{name} {i} has shape {list(moment.shape)} or is not finite")
-                # a contiguous copy: the file is mapped, and its strides cannot be trusted
-                state[i][name] = torch.empty(moment.shape).copy_(moment)
+        for group, saved_group in zip(own["param_groups"], saved["param_groups"], strict=True):
+            group["params"] = saved_group["params"]  # torch compares their number
+        states = {i: copy_tensors(values) for i, values in saved["state"].items()}
+        optimizer.load_state_dict(dict(own, state=states))
+        for group in optimizer.param_groups:
+            for p in group["params"] if group.get("fused") else []:
+                for key, value in optimizer.state.get(p, {}).items():
+                    # a fused kernel would write past the end
+                    if key != "step" and value is not None and value.shape != p.shape:
+                        raise ValueError(f"{key} has shape {list(value.shape)}")
     except Exception as error:  # of another optimizer, or made by hand
         raise UserError(f"the optimizer state of the checkpoint does not fit ({error!r}): resume "
-                         "with the optimizer_type that it was made with, or start anew") from None
-    optimizer.load_state_dict(dict(optimizer.state_dict(), state=state))
+                        "with the optimizer that it was made with, or start anew") from None
+
+
+def copy_tensors(values):
+    """`values` with contiguous copies of its tensors: the strides in a file cannot be trusted."""
+    copies = dict(values)
+    for key, value in values.items():
+        if isinstance(value, torch.Tensor):
+            copies[key] = value.clone(memory_format=torch.contiguous_format)
+    return copies
+
+
+# ---- the folder of a run ----
+
+
+def back_up(out_dir):
+    """Renames the files of an earlier run: its checkpoints to ckpt.1.pt and so on, log.1.csv."""
+    number = 1
+    while glob.glob(os.path.join(glob.escape(out_dir), f"*.{number}.*")):
+        number += 1
+    for name in sorted(os.listdir(out_dir)):
+        stem, extension = os.path.splitext(name)
+        is_of_run = extension == ".pt" or name in ("log.csv", "loss.png")
+        if is_of_run and not re.search(r"\.\d+$", stem):  # else it is a backup already
+            path = os.path.join(out_dir, name)
+            backup = os.path.join(out_dir, f"{stem}.{number}{extension}")
+            os.rename(path, backup)
+            print(f"backed up {path} of an earlier run as {backup}")
+
+
+def trim_log(path, columns, iter_num):
+    """Starts log.csv, or keeps those rows that a run resumed at `iter_num` will not write again."""
+    lines = [",".join(columns) + "\n"]
+    if os.path.exists(path):
+        with open(path, errors="replace") as file:
+            for line in file:
+                iteration = line.split(",")[0]
+                is_whole_row = line.endswith("\n") and iteration.isdecimal()
+                if is_whole_row and int(iteration) < iter_num:
+                    lines.append(line)
+    with atomic_write(path) as file:
+        file.write("".join(lines).encode())
 
 
 # ---- Hugging Face's format ----
 
 HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) there, (out, in) here
+TRANSPOSED = ("c_attn", "c_proj", "c_fc")  # weights are (in, out) there, (out, in) here
 
 # what config.json may say, its default first; anything else is another architecture
 OPENAI_ARCHITECTURE = {
@@ -180,114 +247,107 @@ OPENAI_ARCHITECTURE = {
 
 def read_huggingface(source):
     """
-    (model_args, state dict) of a GPT-2 in Hugging Face's format: one of HUB_NAMES, or a folder.
-    Raises ValueError for what cannot be read, or is not built as OpenAI's GPT-2.
+    (model_args, weights) of a GPT-2 in Hugging Face's format: one of HUB_NAMES, or a folder.
+    Raises UserError for what cannot be read, or is not built as OpenAI's GPT-2.
     """
     if not os.path.isdir(source) and source not in HUB_NAMES:
         raise UserError(f"there is no model {source!r} to start from: name one of {HUB_NAMES}, "
-                         "or a folder with a config.json and a model.safetensors")
+                        "a folder with a config.json and a model.safetensors, or one of a run")
     from safetensors.torch import load_file
-    names = ["model.safetensors"]
-    index_path = os.path.join(source, "model.safetensors.index.json")
-    state = {}
+    weights = {}
     try:
-        if os.path.exists(index_path) and not os.path.exists(os.path.join(source, names[0])):
-            with open(index_path, encoding="utf-8") as file:
-                names = sorted(set(json.load(file)["weight_map"].values()))
         with open(find_file(source, "config.json"), encoding="utf-8") as file:
-            config = json.load(file)
-        model_args = read_model_args(config)
-        for name in names:
-            state.update(load_file(find_file(source, name)))
+            model_args = read_model_args(json.load(file))
+        paths = glob.glob(os.path.join(glob.escape(source), "model-*-of-*.safetensors"))
+        for path in paths or [find_file(source, "model.safetensors")]:
+            for name, tensor in load_file(path).items():
+                name = "transformer." + name.removeprefix("transformer.")
+                is_mask = name.endswith((".attn.bias", ".attn.masked_bias"))
+                if name.removesuffix(".weight").endswith(TRANSPOSED):
+                    tensor = tensor.t()
+                if not is_mask and not name.endswith("lm_head.weight"):
+                    weights[name] = tensor
+        weights["lm_head.weight"] = weights["transformer.wte.weight"]
     except Exception as error:  # offline, missing, damaged: many kinds
-        cause = " ".join(str(error).split())
-        raise UserError(f"cannot read a GPT-2 from {source!r}: {type(error).__name__}: {cause}; "
-                         "name a folder with a config.json and a model.safetensors") from None
-    return model_args, from_huggingface_names(state)
+        raise UserError(f"cannot read a GPT-2 from {source!r}: {type(error).__name__}: "
+                        f"{one_line(error)}") from None
+    return model_args, weights
 
 
 def read_model_args(config):
-    for key, allowed in OPENAI_ARCHITECTURE.items():
+    n_embd = config.get("n_embd", 768)
+    for key, allowed in (OPENAI_ARCHITECTURE | {"n_inner": [None, 4 * n_embd]}).items():
         value = config.get(key, allowed[0])
         if value not in allowed:
-            raise UserError(f"not OpenAI's architecture: {key} is {value!r}, not {allowed[0]!r}")
-    n_embd = config.get("n_embd", 768)
-    if config.get("n_inner") not in (None, 4 * n_embd):
-        raise UserError(f"not OpenAI's architecture: n_inner is not 4 * n_embd = {4 * n_embd}")
+            raise ValueError(f"not OpenAI's architecture: {key} is {value!r}, not {allowed[0]!r}")
     return dict(n_layer=config.get("n_layer", 12), n_head=config.get("n_head", 12), n_embd=n_embd,
                 block_size=config.get("n_positions", 1024), bias=True,
                 vocab_size=config.get("vocab_size", GPT2_VOCAB_SIZE), dropout=0.0)
 
 
-def from_huggingface_names(tensors):
-    state = {}
-    for name, tensor in tensors.items():
-        name = "transformer." + name.removeprefix("transformer.")
-        if name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")):
-            continue  # causal masks, and the tied matrix
-        state[name] = tensor.t() if name.endswith(TRANSPOSED) else tensor
-    return state
-
-
 def find_file(source, name):
-    """The path of a model's file: in the folder `source`, in the hub's cache, or downloaded."""
+    """The path of a model's file: in the folder `source`, or downloaded to the hub's cache."""
     if os.path.isdir(source):
         return os.path.join(source, name)
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
     from huggingface_hub.utils import disable_progress_bars
     if not sys.stderr.isatty():
         disable_progress_bars()
-    repo = f"openai-community/{source}"
-    with contextlib.suppress(LocalEntryNotFoundError):
-        return hf_hub_download(repo, name, local_files_only=True)
-    for pause in (2, 10, None):  # seconds between tries
-        try:
-            return hf_hub_download(repo, name)
-        except LocalEntryNotFoundError as error:  # no connection; the library has tried again
-            raise (error.__cause__ or error) from None
-        except Exception as error:
-            status = getattr(getattr(error, "response", None), "status_code", 0)
-            is_final = 400 <= status < 429
-            if is_final or pause is None:
-                raise
-        time.sleep(pause)
+    return hf_hub_download(f"openai-community/{source}", name)
 
 
-def write_huggingface(model_args, state, folder):
-    """Writes a model for transformers: no padding of the vocabulary, zeros for missing biases."""
+def write_huggingface(model_args, weights, folder):
+    """
+    Writes a model for transformers, without the padding of the vocabulary and with zeros for
+    missing biases. Raises UserError if it is no GPT-2, or cannot be written.
+    """
     from safetensors.torch import save_file
-    vocab_size = min(model_args["vocab_size"], GPT2_VOCAB_SIZE)
-    tensors = {}
-    for name, tensor in state.items():
-        if name == "lm_head.weight":
-            continue  # tied to wte
-        tensor = tensor.to("cpu", torch.float32)
-        if name.endswith("wte.weight"):
-            tensor = tensor[:vocab_size]
-        is_embedding = name.endswith(("wte.weight", "wpe.weight"))
-        bias_name = name.replace("weight", "bias")
-        if not is_embedding and bias_name not in state:
-            tensors[bias_name] = torch.zeros(tensor.size(0))
-        if name.endswith(TRANSPOSED):
-            tensor = tensor.t()
-        tensors[name] = tensor.contiguous()
+    C, V, T = model_args["n_embd"], model_args["vocab_size"], model_args["block_size"]
+    shapes = {"transformer.wte": (V, C), "transformer.wpe": (T, C), "transformer.ln_f": (C,),
+              "lm_head": (V, C)}
+    for i in range(model_args["n_layer"]):
+        layers = {"ln_1": (C,), "attn.c_attn": (3 * C, C), "attn.c_proj": (C, C),
+                  "ln_2": (C,), "mlp.c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C)}
+        shapes |= {f"transformer.h.{i}.{layer}": shape for layer, shape in layers.items()}
+    found = {name.removesuffix(".weight"): tuple(tensor.shape) for name, tensor in weights.items()
+             if not name.endswith(".bias")}
+    different = dict(found.items() ^ shapes.items()).keys()
+    if not different and not torch.equal(weights["lm_head.weight"],
+                                         weights["transformer.wte.weight"]):
+        different = ["lm_head (not tied to transformer.wte)"]
+    if different:
+        raise UserError(f"only a GPT-2 can be exported; what differs is {', '.join(different)}")
 
+    vocab_size = min(V, GPT2_VOCAB_SIZE)
+    tensors = {}
+    for layer, shape in shapes.items():
+        tensor = weights[layer + ".weight"].to("cpu", torch.float32)
+        if layer == "transformer.wte":
+            tensor = tensor[:vocab_size]
+        elif layer not in ("transformer.wpe", "lm_head"):
+            bias = weights.get(layer + ".bias", torch.zeros(shape[0]))
+            tensors[layer + ".bias"] = bias.to("cpu", torch.float32)
+        if layer.endswith(TRANSPOSED):
+            tensor = tensor.t()
+        tensors[layer + ".weight"] = tensor.contiguous()
+    del tensors["lm_head.weight"]  # tied
     end_token = vocab_size - 1 if vocab_size == GPT2_VOCAB_SIZE else None
     special = dict(bos_token_id=end_token, eos_token_id=end_token)
     dropout = model_args["dropout"]
     config = dict(
         architectures=["GPT2LMHeadModel"], model_type="gpt2", activation_function="gelu_new",
-        vocab_size=vocab_size, n_positions=model_args["block_size"], n_embd=model_args["n_embd"],
-        n_layer=model_args["n_layer"], n_head=model_args["n_head"], layer_norm_epsilon=1e-5,
-        attn_pdrop=dropout, embd_pdrop=dropout, resid_pdrop=dropout,
-        tie_word_embeddings=True, dtype="float32", **special)
+        vocab_size=vocab_size, n_positions=T, n_ctx=T, n_embd=C, n_layer=model_args["n_layer"],
+        n_head=model_args["n_head"], layer_norm_epsilon=1e-5, attn_pdrop=dropout,
+        embd_pdrop=dropout, resid_pdrop=dropout, tie_word_embeddings=True, dtype="float32",
+        **special)
     generation_config = dict(special)
-    if model_args["block_size"] <= 512:  # transformers' pipeline adds 256 tokens by default
-        generation_config["max_length"] = model_args["block_size"]
+    if T <= 512:  # transformers' pipeline adds 256 tokens by default
+        generation_config["max_length"] = T
     try:
         os.makedirs(folder, exist_ok=True)
-        save_file(tensors, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
+        path = os.path.join(folder, "model.safetensors")
+        save_file(tensors, path, metadata={"format": "pt"})
+        os.chmod(path, 0o644)  # safetensors lets nobody else read it
         for name, content in (("config", config), ("generation_config", generation_config)):
             with open(os.path.join(folder, name + ".json"), "w", encoding="utf-8") as file:
                 json.dump(content, file, indent=2)

@@ -3,14 +3,14 @@ Settings: the plain globals of a script, overridden by config files and the comm
 
     python train.py config/train_gpt2.py --batch_size=32 --compile=False
 
-A script calls `config = configure(globals())` right below its settings. Arguments apply from left
-to right and later ones win. A path is a config file: Python code that assigns settings and can
-read the ones made so far. `--key=value` sets one setting, `--help` lists them all.
+Arguments apply from left to right, and later ones win. A path is a config file: Python code that
+assigns settings and can read the ones made so far. `--help` lists all settings.
 """
 
 import ast
 import builtins
 import difflib
+import math
 import numbers
 import os
 import re
@@ -27,6 +27,15 @@ config_files = []  # paths of the config files that have run
 
 class UserError(ValueError):
     """A mistake of the user: shown in one line, without a traceback. Say how to mend it."""
+
+
+def set_environment():
+    """Sets variables that torch reads when it is imported, unless the user has set them."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # threads that spin at OpenMP's barriers would slow a run many times beside a busy process
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    if "WORLD_SIZE" in os.environ:  # DDP warns of find_unused_parameters, which runtime.py wants
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def configure(settings, paths=None):
@@ -48,6 +57,7 @@ def configure(settings, paths=None):
         if argument.startswith("--") and "=" in argument:
             key, text = argument[2:].split("=", 1)
             changes = {key: parse_value(text, defaults.get(key))}
+            hint = "--help lists all settings"
         elif argument.startswith("-"):
             raise UserError(f"cannot read the argument {argument!r}; write --key=value")
         elif paths is not None:
@@ -55,12 +65,10 @@ def configure(settings, paths=None):
             continue
         else:
             changes = run_config_file(argument, config)
+            hint = "helper variables begin with an underscore"
         for key, value in changes.items():
             if key not in defaults:
                 nearest = ", ".join(difflib.get_close_matches(key, defaults, n=1, cutoff=0))
-                hint = "--help lists all settings"
-                if not argument.startswith("-"):
-                    hint = f"a helper variable needs a leading underscore: _{key}"
                 raise UserError(f"unknown setting {key!r} in {argument!r}; did you mean "
                                 f"{nearest}? ({hint})")
             config[key] = check_type(key, value, defaults[key])
@@ -88,10 +96,8 @@ def run_config_file(path, config):
         with tokenize.open(path) as file:  # like import, this honors an encoding declaration
             source = file.read()
     except (OSError, SyntaxError, UnicodeError) as error:  # the last two: not a text file
-        hint = "arguments are config files or --key=value"
-        if os.path.exists(path + ".py"):
-            hint = f"did you mean {path + '.py'!r}?"
-        raise UserError(f"cannot read the config file {path!r}; {hint} ({error})") from None
+        raise UserError(f"cannot read the config file {path!r} ({error}); arguments are config "
+                        "files or --key=value") from None
     config_files.append(path)
     # Settings are passed as builtins: the file can read them, and its globals are what it assigns.
     names = {"__name__": "__config__", "__file__": path, "__builtins__": vars(builtins) | config}
@@ -110,10 +116,8 @@ def parse_value(text, default):
     """
     if isinstance(default, str) and default != "auto":
         return text
-    if text in ("true", "false"):
-        return text == "true"
     try:
-        return ast.literal_eval(text)
+        return ast.literal_eval(text.title() if text in ("true", "false") else text)
     except Exception:  # not a literal, so it is a name such as cuda:1
         return text
 
@@ -122,7 +126,7 @@ def check_type(key, value, default):
     """`value` in the type of `default`: 1 -> 1.0, 2.0 -> 2; any plain type if that is 'auto'."""
     kind = type(default)
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)  # NumPy's included
-    if is_number and -1e30 < value < 1e30:
+    if is_number and -2**63 < value < 2**63:
         if kind is int and value % 1 == 0:
             return int(value)
         if kind is float:
@@ -135,23 +139,30 @@ def check_type(key, value, default):
                     f"got {reprlib.repr(value)}")
 
 
-def check_ranges(config, ranges):
-    """Raises UserError for the first setting outside its range: {name: (minimum, maximum)}."""
-    for key, (minimum, maximum) in ranges.items():
-        if not minimum <= config[key] <= maximum:
-            raise UserError(f"{key}={config[key]} must be from {minimum} to {maximum}")
+def check_ranges(config, names, minimum, maximum=math.inf):
+    """Raises UserError if the value of one of these settings is not from `minimum` to `maximum`."""
+    for name in names.split():
+        if not minimum <= config[name] <= maximum:
+            raise UserError(f"{name}={config[name]} must be from {minimum} to {maximum}")
 
 
-def restore_settings(config, saved, fixed):
+def check_choice(key, value, choices):
+    """Raises UserError if a setting's value is none of `choices`."""
+    if value not in choices:
+        raise UserError(f"{key}={value!r} is none of {', '.join(map(repr, choices))}")
+
+
+def restore_settings(config, checkpoint, of_this_command):
     """
-    Updates `config` on resume: a setting that was not given now comes from `saved`, those of the
-    checkpoint. A given one wins, unless it is in `fixed`. Prints what a given setting changes.
+    Updates `config` on resume: settings that were not given now come from the checkpoint, except
+    those named in `of_this_command`. Given ones win, but for the model's shape. Prints changes.
     """
-    for key, old_value in saved.items():
-        if key not in config:
+    shape = checkpoint["model_args"].keys() - {"dropout"}
+    for key, old_value in (checkpoint["config"] | checkpoint["model_args"]).items():
+        if key not in config or key in of_this_command:
             continue
         is_changed = key in given_settings and config[key] != old_value
-        if is_changed and key not in fixed:
+        if is_changed and key not in shape:
             print(f"note: {key} was {old_value!r} and is {config[key]!r} from here on")
             continue
         if is_changed:
@@ -186,21 +197,20 @@ def excepthook(kind, error, trace):
     in one line, anything else with its traceback.
     """
     message = " ".join(str(error).split())
-    in_config_file = any(frame.filename in config_files for frame in traceback.extract_tb(trace))
-    names_file = isinstance(error, OSError) and error.filename is not None
-    several = isinstance(error, RuntimeError) and os.environ.get("WORLD_SIZE", "1") != "1"
+    files = [frame.filename for frame in traceback.extract_tb(trace)]
+    in_config_file = any(file in config_files for file in files)  # its traceback names the line
+    names_file = isinstance(error, OSError) and error.filename is not None and not in_config_file
     peer_lost = re.search("^Dist|gloo|NCCL|Connection|Broken pipe", f"{kind.__name__} {message}")
+    text = "".join(traceback.format_exception(kind, error, trace)).strip()
     if kind is KeyboardInterrupt:
         text = "stopped"
-    elif isinstance(error, UserError) or (names_file and not in_config_file):
+    elif isinstance(error, UserError) or names_file:
         text = f"error: {message}"
     elif isinstance(error, MemoryError) or "tried to allocate" in message.lower():
         text = f"error: out of memory; try a smaller batch_size, num_samples or model ({message})"
-    elif several and peer_lost:
-        text = (f"error: process {os.environ.get('RANK')} cannot reach the others; see their "
-                f"errors ({message})")
-    else:
-        text = "".join(traceback.format_exception(kind, error, trace)).strip()
+    elif peer_lost and isinstance(error, RuntimeError) and "RANK" in os.environ:
+        rank = os.environ["RANK"]
+        text = f"error: process {rank} cannot reach the others; see their errors ({message})"
     print(printable(text), file=sys.stderr)
 
 

@@ -1,29 +1,29 @@
 """
-GPT-2 in memory: the model, its optimizers, sampling.
+The GPT-2 model: its layers, its optimizers, sampling from it.
 
     model = GPT(GPTConfig(n_layer=6, n_head=6, n_embd=384))   new weights, from torch's generator
     model = GPT.from_pretrained('gpt2')                       OpenAI's weights, or a folder
-    logits, loss = model(idx, targets)                        logits without targets, else the loss
+    logits, loss = model(idx, targets)                        one of them is None
 
 Letters in shapes: B sequences, T tokens in each, C = n_embd, nh heads of size hs = C / nh,
 V = vocab_size. Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 """
 
+import dataclasses
 import math
-import os
-from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.utils import skip_init
 
-from checkpoint import load_checkpoint, read_huggingface, write_huggingface
-from configurator import UserError
+from checkpoint import best_checkpoint, build_model, read_huggingface, write_huggingface
+from configurator import UserError, check_ranges
 from muon import Muon
-from runtime import has_native_bfloat16, peak_flops
+from runtime import peak_flops
 
 
-@dataclass
+@dataclasses.dataclass
 class GPTConfig:
     block_size: int = 1024  # longest context, in tokens
     vocab_size: int = 50304  # GPT-2's 50257, padded to a multiple of 64 for speed
@@ -34,25 +34,31 @@ class GPTConfig:
     bias: bool = True  # in linear layers and layer norms, as in OpenAI's weights
 
     def __post_init__(self):
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise UserError(f"{name} must be an integer of at least 1, got {value!r}")
+        check_ranges(vars(self), "block_size vocab_size n_layer n_head n_embd", 1)
+        check_ranges(vars(self), "dropout", 0, 0.999999)
         if self.n_embd % self.n_head:
             raise UserError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: "
-                             "choose a multiple")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout must be at least 0 and below 1, got {self.dropout!r}")
+                            "choose a multiple")
 
 
-class Linear(nn.Linear):
-    def reset_parameters(self):
-        """Does nothing: GPT initializes all weights itself, or loads them."""
+def linear(n_in, n_out, bias, std=0.02):
+    """nn.Linear with weights from N(0, std), biases 0, and without torch's initialization."""
+    layer = skip_init(nn.Linear, n_in, n_out, bias=bias)
+    nn.init.normal_(layer.weight, std=std)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
 
 
-class Embedding(nn.Embedding):
-    def reset_parameters(self):
-        """Does nothing, as in Linear."""
+def projection(n_in, config):
+    """Into the residual stream, which adds up 2 n_layer of them (Radford et al. 2019, 2.3)."""
+    return linear(n_in, config.n_embd, config.bias, std=0.02 / math.sqrt(2 * config.n_layer))
+
+
+def embedding(num_ids, n_embd):
+    layer = skip_init(nn.Embedding, num_ids, n_embd)
+    nn.init.normal_(layer.weight, std=0.02)
+    return layer
 
 
 class KVCache:
@@ -94,8 +100,8 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         self.dropout = config.dropout
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = linear(config.n_embd, 3 * config.n_embd, config.bias)
+        self.c_proj = projection(config.n_embd, config)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, cache=None):
@@ -118,8 +124,8 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = linear(config.n_embd, 4 * config.n_embd, config.bias)
+        self.c_proj = projection(4 * config.n_embd, config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
@@ -150,49 +156,31 @@ class GPT(nn.Module):
         self.config = config
         # Names are those of OpenAI's published weights.
         self.transformer = nn.ModuleDict()
-        self.transformer.wte = Embedding(config.vocab_size, config.n_embd)
-        self.transformer.wpe = Embedding(config.block_size, config.n_embd)
+        self.transformer.wte = embedding(config.vocab_size, config.n_embd)
+        self.transformer.wpe = embedding(config.block_size, config.n_embd)
         self.transformer.drop = nn.Dropout(config.dropout)
         self.transformer.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         self.transformer.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight
-        if not self.lm_head.weight.is_meta:  # on the meta device weights are about to be loaded
-            self.initialize()
 
-    def initialize(self):
-        """
-        N(0, 0.02) for matrices, 0 for biases, 1 for norms. The projections into the residual stream
-        get N(0, 0.02 / sqrt(2 n_layer)), because the stream adds up 2 n_layer of them (Radford et
-        al. 2019, section 2.3).
-        """
-        for name, p in self.named_parameters():
-            if name.endswith("c_proj.weight"):
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
-            elif p.dim() == 2:
-                nn.init.normal_(p, std=0.02)
-            elif name.endswith("bias"):
-                nn.init.zeros_(p)
-
-    def hidden(self, idx, caches=None):
-        """Maps token ids (B, T), which continue those in `caches`, to hidden states (B, T, C)."""
-        start = caches[0].length if caches else 0
-        end = start + idx.size(1)
-        if end > self.config.block_size:
-            raise UserError(f"{end} tokens do not fit into block_size={self.config.block_size}: "
-                             "shorten the input")
-        x = self.transformer.wte(idx) + self.transformer.wpe.weight[start:end]
-        x = self.transformer.drop(x)
-        for layer, block in enumerate(self.transformer.h):
-            x = block(x, caches[layer] if caches else None)
-        return self.transformer.ln_f(x)
-
-    def forward(self, idx, targets=None):
+    def forward(self, idx, targets=None, caches=None):
         """
         Maps token ids `idx` (B, T) to (logits, None), logits (B, T, V). With `targets` (B, T), -1
         being ignored, returns (None, mean cross entropy in nats): the logits can then be freed.
+        With `caches`, one a layer, `idx` continues their tokens, and logits are the last ones only.
         """
-        logits = self.lm_head(self.hidden(idx))
+        start = caches[0].length if caches else 0
+        end = start + idx.size(1)
+        if end > self.config.block_size:
+            raise ValueError(f"{end} tokens do not fit into block_size={self.config.block_size}")
+        x = self.transformer.wte(idx) + self.transformer.wpe.weight[start:end]  # (B, T, C)
+        x = self.transformer.drop(x)
+        for layer, block in enumerate(self.transformer.h):
+            x = block(x, caches[layer] if caches else None)
+        if caches:
+            x = x[:, -1:]
+        logits = self.lm_head(self.transformer.ln_f(x))
         if targets is None:
             return logits, None
         logits = logits.view(-1, logits.size(-1))  # (B * T, V)
@@ -215,31 +203,28 @@ class GPT(nn.Module):
     def estimate_mfu(self, fwdbwd_per_iter, dt):
         """
         Model FLOPs utilization: the model's FLOP/s as a fraction of the device's peak, when
-        `fwdbwd_per_iter` sequences of block_size tokens take `dt` seconds. None if it is unknown.
+        `fwdbwd_per_iter` sequences of block_size tokens take `dt` seconds; nan if that is unknown.
         """
-        peak = peak_flops(self.lm_head.weight.device)
-        if peak is None:
-            return None
+        peak = peak_flops(next(self.parameters()).device)
         tokens_per_s = fwdbwd_per_iter * self.config.block_size / dt
         return self.flops_per_token() * tokens_per_s / peak
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type,
                              optimizer_type="adamw"):
-        """AdamW (Loshchilov & Hutter 2019), with weight decay for matrices and embeddings only."""
-        for_muon = set(self.block_matrices()) if optimizer_type == "muon" else set()
-        decayed = [p for p in self.parameters() if p.dim() >= 2 and p not in for_muon]
-        others = [p for p in self.parameters() if p.dim() < 2]
-        groups = [dict(params=decayed, weight_decay=weight_decay),
-                  dict(params=others, weight_decay=0.0)]
+        """AdamW (Loshchilov & Hutter 2019) for all, or 'muon': for all but `block_matrices`."""
+        muon_params = set(self.block_matrices()) if optimizer_type == "muon" else set()
+        params = [p for p in self.parameters() if p not in muon_params]
+        matrices = [p for p in params if p.dim() >= 2]  # and embeddings
+        vectors = [p for p in params if p.dim() < 2]
+        groups = [dict(params=matrices, weight_decay=weight_decay),
+                  dict(params=vectors, weight_decay=0.0)]
         fused = device_type in ("cuda", "cpu", "mps")
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
-    def configure_muon(self, weight_decay, learning_rate):
-        """Muon (Jordan et al. 2024) for the matrices of the blocks; see muon.py."""
-        is_cuda = self.lm_head.weight.is_cuda
-        emulates_bfloat16 = is_cuda and not has_native_bfloat16("cuda")  # V100, T4
-        dtype = torch.float32 if emulates_bfloat16 else torch.bfloat16
-        return Muon(self.block_matrices(), learning_rate, weight_decay, dtype)
+    def configure_muon(self, weight_decay, learning_rate, lr_scale=1.0):
+        """Muon for the matrices of the blocks, with learning rates `lr_scale` times AdamW's."""
+        group = dict(params=self.block_matrices(), lr_scale=lr_scale)
+        return Muon([group], learning_rate, weight_decay)
 
     def block_matrices(self):
         return [p for p in self.transformer.h.parameters() if p.dim() == 2]
@@ -257,21 +242,20 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate_stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None,
-                        vocab_limit=None, stop_token=None):
+                        vocab_limit=None):
         """
-        Continues the sequences `idx` (B, T), T >= 1: yields up to `max_new_tokens` times the next
-        token of each, (B, 1).
+        Continues the sequences `idx` (B, T), T >= 1: yields the next token of each, (B, 1), up to
+        `max_new_tokens` times.
 
         temperature   divides the logits; 0 is greedy
-        top_k         draws from the k most probable tokens only (None or 0: all)
-        top_p         draws from the most probable tokens whose probabilities add up to top_p only
-                      (nucleus sampling, Holtzman et al. 2020; None or 1: all)
-        vocab_limit   tokens from this id on are never drawn (padding of the vocabulary)
-        stop_token    ends a sequence, which then repeats it; ends the stream soon after all ended
+        top_k         draws from the k most probable tokens (None or 0: all)
+        top_p         draws from the most probable tokens that add up to this probability (nucleus
+                      sampling, Holtzman et al. 2020; None or 1: all)
+        vocab_limit   tokens from this id on, the padding of the vocabulary, are never drawn
 
-        Keys and values are cached, so each token costs the forward pass of one position, and greedy
-        tokens equal those of the plain forward pass. When the context of block_size is full, the
-        later half of it is read again as a new context, about every block_size / 2 tokens.
+        Keys and values are cached: a token costs the forward pass of one position, and greedy
+        tokens equal those of the plain forward pass. When the context of block_size is full, its
+        later half is read again as a new context, about every block_size / 2 tokens.
         """
         if idx.size(1) == 0:
             raise UserError("the prompt (start) is empty: give at least one token")
@@ -279,69 +263,37 @@ class GPT(nn.Module):
         capacity = min(block_size, idx.size(1) + max_new_tokens)
         caches = [KVCache(capacity) for _ in range(self.config.n_layer)]
         context = idx[:, -block_size:]  # the latest tokens
-        unread = context  # tokens not yet in the caches
-        ended = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
-        for step in range(1, max_new_tokens + 1):
-            if caches[0].length + unread.size(1) > block_size:
-                unread = context[:, -max(1, block_size // 2):]
+        new_tokens = context  # those that the caches do not have yet
+        for _ in range(max_new_tokens):
+            if caches[0].length + new_tokens.size(1) > block_size:
+                new_tokens = context[:, -max(1, block_size // 2):]
                 for cache in caches:
                     cache.length = 0
-            logits = self.lm_head(self.hidden(unread, caches)[:, -1])  # (B, V)
-            logits = logits[:, :vocab_limit].float()
-            token = sample_token(logits, temperature, top_k, top_p)  # (B, 1)
-            if stop_token is not None:
-                token = token.masked_fill(ended, stop_token)
-                ended |= token == stop_token
-            yield token
-            # Reading from the device waits for it, so check only every 16 tokens.
-            if stop_token is not None and step % 16 == 0 and ended.all():
-                return
-            unread = token
-            context = torch.cat([context[:, 1 - block_size:], token], dim=1)
+            logits = self(new_tokens, caches=caches)[0][:, -1, :vocab_limit].float()  # (B, V)
+            new_tokens = sample_token(logits, temperature, top_k, top_p)  # (B, 1)
+            yield new_tokens
+            context = torch.cat([context[:, 1 - block_size:], new_tokens], dim=1)
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **options):
-        """`idx` (B, T) and up to `max_new_tokens` more tokens; options as in `generate_stream`."""
+        """`idx` (B, T) and `max_new_tokens` more tokens; options as in `generate_stream`."""
         stream = self.generate_stream(idx, max_new_tokens, temperature, top_k, **options)
         return torch.cat([idx, *stream], dim=1)
 
     # ---- weights from disk, and back: see checkpoint.py ----
 
     @classmethod
-    def from_state(cls, model_args, state):
-        """
-        A model of the shape `model_args` with a float32 copy of the weights `state`, which is
-        emptied on the way, so that large models are not in memory twice.
-        """
-        with torch.device("meta"):  # no memory yet, no initialization
-            model = cls(GPTConfig(**model_args))
-        weights = {}
-        try:
-            state.setdefault("lm_head.weight", state["transformer.wte.weight"])
-            while state:
-                name, tensor = state.popitem()
-                if not tensor.is_floating_point() or not tensor.isfinite().all():
-                    raise UserError(f"{name} are not finite floating-point numbers")
-                weights[name] = tensor.to("cpu", torch.float32, copy=True).contiguous()
-            if not torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"]):
-                raise UserError("lm_head.weight is not transformer.wte.weight: it must be tied")
-            model.load_state_dict(weights, assign=True)
-        except Exception as error:  # missing, of another shape, or made by hand
-            cause = " ".join(str(error).split())
-            raise UserError(f"the weights do not fit {model_args}: {cause}") from None
-        model.lm_head.weight = model.transformer.wte.weight  # tied again
-        return model
+    def from_state(cls, model_args, weights):
+        """A model of this shape with a float32 copy of `weights`. UserError if they don't fit."""
+        return build_model(cls, GPTConfig, model_args, weights)
 
     @classmethod
     def from_pretrained(cls, name_or_folder, override_args=None):
         """
         OpenAI's 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a folder in Hugging Face's
-        format. `override_args` may set dropout. Raises ValueError for anything that is not GPT-2.
+        format. `override_args` may set dropout. Raises UserError for anything that is not GPT-2.
         """
-        override_args = override_args or {}
-        if not set(override_args) <= {"dropout"}:
-            raise UserError(f"override_args={override_args} may only set 'dropout'")
-        model_args, state = read_huggingface(name_or_folder)
-        return cls.from_state(model_args | override_args, state)
+        model_args, weights = read_huggingface(name_or_folder)
+        return cls.from_state(model_args | (override_args or {}), weights)
 
     def save_pretrained(self, folder):
         """Writes a folder that transformers' GPT2LMHeadModel and `from_pretrained` load."""
@@ -368,14 +320,14 @@ def sample_token(logits, temperature, top_k, top_p):
     return tokens.gather(1, choice)
 
 
-def load_model(init_from, out_dir):
-    """(model, checkpoint) of `out_dir` for 'resume', otherwise (pretrained model, None)."""
-    if init_from != "resume":
-        return GPT.from_pretrained(init_from), None
-    for name in ("ckpt.pt", "last.pt"):
-        path = os.path.join(out_dir, name)
-        if os.path.exists(path):
-            checkpoint = load_checkpoint(path)
-            return GPT.from_state(checkpoint["model_args"], checkpoint["model"]), checkpoint
-    raise UserError(f"there is no ckpt.pt in out_dir={out_dir!r}: train first, name another "
-                     "--out_dir, or start from --init_from=gpt2")
+def load_model(init_from, out_dir, **override_args):
+    """
+    (model in evaluation mode, checkpoint) of a run: the one in `out_dir` if `init_from` is
+    'resume', or in the folder `init_from`. (pretrained model, None) for what is no run.
+    """
+    is_resumed = init_from == "resume"
+    checkpoint = best_checkpoint(out_dir if is_resumed else init_from, required=is_resumed)
+    if checkpoint:
+        model_args = checkpoint["model_args"] | override_args
+        return GPT.from_state(model_args, checkpoint["model"]).eval(), checkpoint
+    return GPT.from_pretrained(init_from, override_args).eval(), None

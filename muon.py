@@ -11,6 +11,8 @@ from collections import defaultdict
 
 import torch
 
+from runtime import has_native_bfloat16
+
 MOMENTUM = 0.95
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NS_STEPS = 5
@@ -48,16 +50,20 @@ class Muon(torch.optim.Optimizer):
     or a GPU to launch. Each loads the other's state.
 
     params: float32 matrices.
-    dtype: for the Newton-Schulz iterations; float32 suits devices that emulate bfloat16.
+    dtype: for the Newton-Schulz iterations; None: bfloat16, or float32 where a GPU emulates that.
     """
 
-    def __init__(self, params, lr=1e-3, weight_decay=0.1, dtype=torch.bfloat16):
+    def __init__(self, params, lr=1e-3, weight_decay=0.1, dtype=None):
         # note: only lr and weight_decay are read; the rest lets torch's Muon go on from our state.
         defaults = dict(
             lr=lr, weight_decay=weight_decay, momentum=MOMENTUM, nesterov=True, eps=EPS,
             ns_coefficients=NS_COEFFICIENTS, ns_steps=NS_STEPS, adjust_lr_fn="match_rms_adamw",
         )
         super().__init__(params, defaults)
+        if dtype is None:
+            is_cuda = self.param_groups[0]["params"][0].is_cuda
+            emulates_bfloat16 = is_cuda and not has_native_bfloat16("cuda")  # V100, T4
+            dtype = torch.float32 if emulates_bfloat16 else torch.bfloat16
         self.dtype = dtype  # not in the groups: a checkpoint may come from another device
 
     @torch.no_grad()

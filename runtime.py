@@ -1,4 +1,4 @@
-"""The machine: processes and what they share, device, precision."""
+"""The machine: processes, signals and errors, device and precision."""
 
 import contextlib
 import datetime
@@ -6,12 +6,15 @@ import os
 import re
 import signal
 import sys
+import warnings
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel as DDP
 
-from configurator import UserError
+from configurator import UserError, check_choice
 
 TIMEOUT = datetime.timedelta(minutes=10)  # for a process that waits for the others
 
@@ -27,26 +30,36 @@ PEAK_FLOPS = {
 
 # ---- processes ----
 
+store = None  # of torch.distributed, for what processes tell each other without a collective
+
 
 def process_ranks():
-    """(rank, local_rank, world_size) as torchrun sets them, or (0, 0, 1) in a single process."""
+    """(rank, local_rank, world_size) as torchrun sets them; all but rank 0 are silenced."""
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
         return 0, 0, 1
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")
     with contextlib.suppress(KeyError, ValueError):
-        rank, local_rank, world_size, port = (int(os.environ[name]) for name in names[:4])
-        has_address = 0 <= port <= 65535 and os.environ["MASTER_ADDR"] != ""
-        if 0 <= rank < world_size and has_address:
+        rank, local_rank, world_size, _ = (int(os.environ[name]) for name in names[:4])
+        if 0 <= rank < world_size and os.environ["MASTER_ADDR"] != "":
+            if rank > 0:
+                sys.stdout = open(os.devnull, "w")
+                warnings.simplefilter("ignore")
             return rank, local_rank, world_size
     found = ", ".join(f"{name}={os.environ.get(name, '(not set)')}" for name in names)
-    raise UserError(f"these variables do not describe a process group: {found}; launch with "
-                     "torchrun, or unset RANK and WORLD_SIZE to run a single process")
+    raise UserError(f"these do not describe a process group: {found}; launch with torchrun, or "
+                    "unset RANK and WORLD_SIZE to run a single process")
 
 
-def init_processes(rank, world_size, backend):
-    """Connects the processes. `backend` is 'nccl' for GPUs, 'gloo' for CPUs."""
+def init_processes(rank, world_size, backend, device_type):
+    """Connects the processes and returns the backend: 'auto' is 'nccl' on GPUs, else 'gloo'."""
+    global store
+    backends = ("nccl", "gloo") if device_type == "cuda" else ("gloo",)
+    if backend == "auto":
+        backend = backends[0]
+    check_choice("backend", backend, backends)
+    store = None
     if world_size == 1:
-        return
+        return backend
     # The waits below are in C++, where Python cannot answer Ctrl-C: let it end the process.
     handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
     store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
@@ -59,6 +72,7 @@ def init_processes(rank, world_size, backend):
     dist.init_process_group(backend, rank=rank, world_size=world_size, store=store,
                             timeout=TIMEOUT)
     signal.signal(signal.SIGINT, handler)
+    return backend
 
 
 def all_reduce_sum(values):
@@ -66,6 +80,119 @@ def all_reduce_sum(values):
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
+
+
+def broadcast(value):
+    """The value that rank 0 has."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def check_same(**values):
+    """Raises UserError on all processes if some have other `values` than the others."""
+    if not dist.is_initialized():
+        return
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, values)
+    for key in values:
+        if any(other[key] != gathered[0][key] for other in gathered):
+            raise UserError(f"the processes differ in their {key}: give all of them the same "
+                            "settings and data, and an out_dir on shared storage")
+
+
+def wrap_ddp(model, dropout):
+    """The model in DistributedDataParallel, which averages the gradients of all processes."""
+    if dropout > 0:  # a graph split at DDP's buckets would draw other dropout masks
+        torch._dynamo.config.optimize_ddp = False
+    # find_unused_parameters keeps DDP from changing its buckets, and with them the order of sums,
+    # after the first update. It also allows for parameters without a gradient.
+    model = DDP(model, gradient_as_bucket_view=True, find_unused_parameters=True)
+    # By itself DDP multiplies by 1 / processes in its first update, and divides later on.
+    model.register_comm_hook(None, allreduce_hook)  # always divides
+    return model
+
+
+def close(exit_code):
+    """Ends a run on all processes."""
+    if dist.is_initialized():
+        # Wait until rank 0 has written: torchrun kills the others once one exits with an error.
+        dist.barrier()
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        # note: while Python shuts down, threads of torch.distributed sometimes abort the process
+        os._exit(exit_code)
+    if exit_code > 0:
+        sys.exit(exit_code)
+
+
+# ---- signals and errors ----
+
+stop_signal = 0  # the number of the signal that asked this process to stop
+
+
+def catch_signals():
+    """From here on, signals and a closed stdout set `stop_signal`; a second Ctrl-C ends at once."""
+    global stop_signal
+    stop_signal = 0
+    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"):
+        number = getattr(signal, name, None)  # Windows lacks some
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, on_signal)
+    sys.stdout = Stdout(sys.stdout)
+
+
+def on_signal(number, frame=None):
+    global stop_signal
+    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ  # it passes every Ctrl-C on twice
+    if number == signal.SIGINT and stop_signal == signal.SIGINT and not under_torchrun:
+        raise KeyboardInterrupt
+    stop_signal = number
+    if os.environ.get("RANK", "0") == "0":
+        with contextlib.suppress(OSError):
+            os.write(2, b"finishing the current update, then saving (Ctrl-C again: quit now)\n")
+
+
+class Stdout:
+    """A closed pipe stops the run as SIGTERM does: Ctrl-C also ends the tee of `| tee log`."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+        except OSError:
+            if stop_signal == 0:
+                on_signal(signal.SIGTERM)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def stop_requested():
+    """Whether a signal has reached this process or, as far as known, another one."""
+    if store is None:
+        return stop_signal > 0
+    if stop_signal > 0:
+        store.set("stop", "1")
+    return store.check(["stop"])
+
+
+def call_after_error(function):
+    """Calls `function` when an uncaught error has been printed, unless it is a second Ctrl-C."""
+    print_error = sys.excepthook
+
+    def print_and_call(kind, error, trace):
+        print_error(kind, error, trace)
+        if kind is not KeyboardInterrupt:
+            try:
+                function()
+            except Exception as another:
+                print_error(type(another), another, another.__traceback__)
+    sys.excepthook = print_and_call
 
 
 # ---- device and precision ----
@@ -82,15 +209,12 @@ def setup_device(device, dtype, compile, local_rank=0, deterministic=False):
         dtype = "float16" if device_type == "cuda" else "float32"
         if has_native_bfloat16(device_type):
             dtype = "bfloat16"
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise UserError(f"dtype={dtype!r} is none of 'auto', 'float32', 'bfloat16', 'float16'")
-    if compile not in ("auto", True, False):
-        raise UserError(f"compile={compile!r} is none of 'auto', True, False")
+    check_choice("dtype", dtype, ("float32", "bfloat16", "float16"))
+    check_choice("compile", compile, ("auto", True, False))
     if compile == "auto":
         compile = device_type == "cuda"
 
-    for number_type in (np.float32, np.float64):
-        np.finfo(number_type)  # looked up later, it makes numpy before 2.3 warn about denormals
+    np.finfo(np.float32), np.finfo(np.float64)  # later, numpy before 2.3 would warn of denormals
     torch.set_flush_denormal(True)  # CPUs are tens of times slower with numbers below 1e-38
     # TF32 for those matrix products that stay in float32
     torch.set_float32_matmul_precision("high" if device_type == "cuda" else "highest")
@@ -100,17 +224,16 @@ def setup_device(device, dtype, compile, local_rank=0, deterministic=False):
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
         from torch._inductor import config as inductor_config
-        if hasattr(inductor_config, "deterministic"):  # torch 2.10 and later
-            inductor_config.deterministic = True  # autotuning would choose kernels by the clock
+        inductor_config.deterministic = True  # autotuning would choose kernels by the clock
     return device, dtype, compile and compiler_works(device)
 
 
 def choose_device(device, local_rank):
     has_mps = torch.backends.mps.is_available() and "RANK" not in os.environ  # one process only
-    if device == "auto" and torch.cuda.is_available():
-        device = "cuda"
-    elif device == "auto":
+    if device == "auto":
         device = "mps" if has_mps else "cpu"
+        if torch.cuda.is_available():
+            device = "cuda"
     if not re.fullmatch(r"cuda(:\d+)?|mps|cpu", str(device)):
         raise UserError(f"device={device!r} is none of 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
     if device == "mps" and not has_mps:
@@ -134,10 +257,9 @@ def choose_device(device, local_rank):
 def has_native_bfloat16(device_type):
     if device_type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device_type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # torch 2.13 and later
-        capabilities = torch.cpu.get_capabilities()
-        return capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
-    return False
+    get_capabilities = getattr(torch.cpu, "get_capabilities", dict)  # torch 2.13 and later
+    features = get_capabilities() if device_type == "cpu" else {}
+    return features.get("avx512_bf16", False) or features.get("amx_bf16", False)
 
 
 def compiler_works(device):
@@ -166,10 +288,10 @@ def synchronize(device):
 
 
 def peak_flops(device):
-    """Peak bfloat16 FLOP/s of a GPU (a torch.device), or None where it is not known."""
+    """Peak bfloat16 FLOP/s of a GPU (a torch.device), nan where it is not known."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for key, flops in PEAK_FLOPS.items():
             if re.search(rf"\b{key}\b", name):
                 return flops
-    return None
+    return float("nan")

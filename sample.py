@@ -7,6 +7,11 @@ Continues a text with a trained model.
     python sample.py --out_dir=out --export=folder
 """
 
+from configurator import UserError, check_ranges, configure, printable, set_environment
+
+set_environment()  # before torch is imported
+
+import itertools
 import os
 import signal
 import sys
@@ -14,10 +19,9 @@ import sys
 import torch
 from tqdm import tqdm
 
-from configurator import UserError, configure
-from data.common import gpt2_files, read_meta, tokenizer
+from data.common import export_files, make_tokenizer, read_vocabulary
 from model import load_model
-from runtime import setup_device
+from runtime import make_autocast, setup_device
 
 # model
 init_from = 'resume'  # from out_dir; or 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', a folder
@@ -38,39 +42,37 @@ compile = False  # pays off for very long texts only
 
 config = configure(globals())
 
-LIMITS = {"num_samples": (1, 1e5), "max_new_tokens": (1, 1e9), "temperature": (0, 1e9),
-          "top_k": (0, 1e9), "top_p": (1e-9, 1), "seed": (0, 2 ** 63)}
-for key, (minimum, maximum) in LIMITS.items():
-    if not minimum <= config[key] <= maximum:
-        raise UserError(f"{key}={config[key]} must be from {minimum} to {maximum:g}")
+check_ranges(config, "num_samples max_new_tokens", 1)
+check_ranges(config, "temperature top_k", 0)
+check_ranges(config, "top_p", 1e-9, 1)
+check_ranges(config, "seed", 0, 2**63)
 
 # ---- model and tokenizer ----
 
 device, dtype, compile = setup_device(device, dtype, compile)
 torch.backends.cuda.enable_cudnn_sdp(False)  # on Hopper it compiles attention for each length
 model, checkpoint = load_model(init_from, out_dir)
-itos = checkpoint["itos"] if checkpoint else None
+vocabulary = checkpoint or dict(itos=None, tokenizer=None)
 if checkpoint and not checkpoint["data"]:  # nanoGPT's: the characters are in the data folder
-    meta = read_meta(checkpoint["config"].get("dataset", ""))
-    itos = meta.get("itos", {}) if meta else None
+    vocabulary = read_vocabulary(checkpoint["config"].get("dataset", ""))
 
 if export:
     model.save_pretrained(export)
-    if itos is None and model.config.vocab_size >= 50257:
-        for name, content in gpt2_files(model.config.block_size).items():
-            with open(os.path.join(export, name), "wb") as file:
-                file.write(content)
+    for name, content in export_files(vocabulary, model.config.block_size).items():
+        with open(os.path.join(export, name), "wb") as file:
+            file.write(content)
     print(f"wrote {', '.join(sorted(os.listdir(export)))} to {export}")
     sys.exit()
-encode, decode, vocab_limit, end_token = tokenizer(itos, model.config.vocab_size)
-model.eval().to(device, getattr(torch, dtype))
+vocab_size = model.config.vocab_size
+encode, decode, vocab_limit, end_token = make_tokenizer(vocabulary, vocab_size)
+model.to(device)
 if compile:
-    model.hidden = torch.compile(model.hidden, dynamic=True)
+    model.forward = torch.compile(model.forward, dynamic=True)
 
 # ---- prompt ----
 
 if start.startswith("FILE:"):
-    path = start.removeprefix("FILE:")
+    path = os.path.expanduser(start.removeprefix("FILE:"))
     try:
         with open(0 if path == "-" else path, encoding="utf-8-sig") as file:
             start = file.read()
@@ -86,27 +88,26 @@ prompt = torch.tensor([ids], device=device).expand(num_samples, -1)  # (B, T)
 if hasattr(signal, "SIGPIPE"):  # Windows has none
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends this quietly
 torch.manual_seed(seed)
-stream = model.generate_stream(prompt, max_new_tokens, temperature, top_k, top_p, vocab_limit,
-                               end_token)
-if num_samples == 1:
-    print(start, end="", flush=True)
-    pending = []  # tokens whose bytes are not whole characters yet
-    for tensor in stream:
-        token = tensor.item()
-        if token == end_token:
-            break
-        pending.append(token)
-        text = decode(pending)
-        if not text.endswith("\ufffd"):
-            print(text, end="", flush=True)
-            pending = []
-    print(decode(pending))
-    print("-" * 15)
-else:
-    tokens = list(tqdm(stream, "sampling", max_new_tokens, leave=False, delay=2,
-                       disable=None))
-    for sample in torch.cat(tokens, dim=1).tolist():
-        if end_token in sample:
-            sample = sample[:sample.index(end_token)]
-        print(start + decode(sample))
+stream = model.generate_stream(prompt, max_new_tokens, temperature, top_k, top_p, vocab_limit)
+with make_autocast(device, dtype):
+    if num_samples == 1:
+        print(start, end="", flush=True)
+        pending = []  # tokens whose bytes are not whole characters yet
+        for tensor in stream:
+            token = tensor.item()
+            if token == end_token:
+                break
+            pending.append(token)
+            text = decode(pending)
+            if not text.endswith("\ufffd"):
+                print(printable(text), end="", flush=True)
+                pending = []
+        print(printable(decode(pending)))
         print("-" * 15)
+    else:
+        bar = tqdm(stream, "sampling", max_new_tokens, leave=False, delay=2, disable=None)
+        tokens = torch.cat(list(bar), dim=1)
+        for sample in tokens.tolist():
+            sample = itertools.takewhile(lambda token: token != end_token, sample)
+            print(start + printable(decode(list(sample))))
+            print("-" * 15)

@@ -7,28 +7,27 @@ on the settings alone, not on interruptions, evaluations or the number of proces
     python train.py --out_dir=out --init_from=resume                         after an interruption
 """
 
-import contextlib
+import configurator
+
+configurator.set_environment()  # before torch is imported
+
 import csv
 import datetime
 import math
 import os
 import shlex
-import shutil
 import signal
 import sys
 import time
-import warnings
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 import runtime
-from checkpoint import back_up, load_optimizer, newest_checkpoint, save_checkpoint
-from configurator import UserError, check_type, configure, given_settings
-from data.common import fingerprint, lock_folder, open_tokens, prepare_hint, read_meta
+from checkpoint import back_up, newest_checkpoint, restore, save_checkpoint, trim_log
+from configurator import UserError, check_choice, check_ranges, configure, restore_settings
+from data import common
 from model import GPT, GPTConfig
 from plot import draw_losses
 
@@ -45,7 +44,7 @@ wandb_log = False
 wandb_project = 'owt'
 wandb_run_name = 'gpt2'
 # data: the global batch is gradient_accumulation_steps * batch_size sequences of block_size tokens
-dataset = 'openwebtext'  # a folder in data/, or an absolute path
+dataset = 'openwebtext'  # a folder in data/, or a path
 gradient_accumulation_steps = 5 * 8  # micro-steps per update, shared by all processes
 batch_size = 12  # sequences per micro-batch
 block_size = 1024  # tokens per sequence
@@ -71,125 +70,63 @@ lr_decay_iters = 600000  # about max_iters (Hoffmann et al. 2022)
 min_lr = 6e-5  # from lr_decay_iters on, about learning_rate / 10
 lr_schedule = 'cosine'  # 'wsd': warm-up, stable, linear decay
 decay_frac = 0.2  # the decay of 'wsd', as a fraction of lr_decay_iters
-# machine
+# machine: 'auto' means what the machine does best
 backend = 'auto'  # 'nccl' (GPUs) or 'gloo' (CPUs)
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto'  # 'bfloat16' where it is native, 'float16', 'float32'
 compile = 'auto'  # True, False; 'auto': on CUDA
 # exactness
 seed = 1337
-deterministic = False  # bitwise on CUDA, slower; on CPUs needed only from four processes on
+deterministic = False  # bitwise reproducible on CUDA, but slower
 
 config = configure(globals())
 
-# ---- starting point ----
+# ---- processes, checkpoint, settings ----
 
 rank, local_rank, world_size = runtime.process_ranks()
 master_process = rank == 0  # the one that prints, logs and saves
-if not master_process:
-    sys.stdout = open(os.devnull, "w")
-    warnings.simplefilter("ignore")
-on_terminal = master_process and sys.stderr.isatty()
+no_bars = None if master_process else True  # None: none in a pipe or a file
 if master_process and not eval_only:
-    run_lock = lock_folder(out_dir)  # before the checkpoint is read
+    run_lock = common.lock_folder(out_dir)  # before the checkpoint is read
 
 checkpoint = None
 if init_from in ("resume", "auto"):
-    checkpoint = newest_checkpoint(out_dir)
-    if checkpoint is None and init_from == "resume":
-        raise UserError(f"there is no ckpt.pt in out_dir={out_dir!r} to resume from: name another "
-                         "--out_dir, or start with --init_from=scratch")
+    checkpoint = newest_checkpoint(out_dir, required=init_from == "resume")
 if checkpoint:
-    # Given settings win, the others come from the checkpoint, except those of this machine.
-    machine_settings = ("out_dir", "init_from", "eval_only", "device", "compile", "backend")
-    for key, old_value in (checkpoint["config"] | checkpoint["model_args"]).items():
-        if key not in config or key in machine_settings:
-            continue
-        is_shape = key in checkpoint["model_args"] and key != "dropout"
-        is_changed = key in given_settings and config[key] != old_value
-        if is_changed and is_shape:
-            print(f"note: {key} stays {old_value!r}: the model's shape is the checkpoint's")
-        elif is_changed:
-            print(f"note: {key} was {old_value!r} and is {config[key]!r} from here on")
-            continue
-        config[key] = check_type(key, old_value, config[key])
+    # Given settings win, the others come from the checkpoint, except those of this command.
+    of_this_command = ("out_dir", "init_from", "eval_only", "device", "compile", "backend")
+    restore_settings(config, checkpoint, of_this_command)
     globals().update(config)
 
-AT_LEAST_1 = "eval_interval log_interval gradient_accumulation_steps batch_size block_size".split()
-for key, value in config.items():
-    if type(value) in (int, float):
-        minimum = 1 if key in AT_LEAST_1 else 0
-        maximum = 1 if key in ("dropout", "beta1", "beta2") else 2 ** 31
-        if not minimum <= value < maximum:
-            raise UserError(f"{key}={value} must be at least {minimum} and below {maximum}")
-if optimizer_type not in ("adamw", "muon"):
-    raise UserError(f"optimizer_type={optimizer_type!r} is none of 'adamw', 'muon'")
-if lr_schedule not in ("cosine", "wsd"):
-    raise UserError(f"lr_schedule={lr_schedule!r} is none of 'cosine', 'wsd'")
-
-# ---- processes and device ----
-
+check_ranges(config, "eval_interval log_interval gradient_accumulation_steps batch_size", 1)
+check_ranges(config, "eval_iters learning_rate muon_lr_scale weight_decay grad_clip warmup_iters "
+             "lr_decay_iters min_lr decay_frac", 0)
+check_ranges(config, "dropout beta1 beta2", 0, 0.999999)
+check_ranges(config, "max_iters", 0, 2**31)
+check_ranges(config, "seed", 0, 2**63)
+check_choice("optimizer_type", optimizer_type, ("adamw", "muon"))
+check_choice("lr_schedule", lr_schedule, ("cosine", "wsd"))
 if gradient_accumulation_steps % world_size != 0:
     raise UserError(f"gradient_accumulation_steps={gradient_accumulation_steps} is not divisible "
-                     f"by {world_size} processes: choose a multiple of {world_size}")
+                    f"by {world_size} processes: choose a multiple of {world_size}")
+
 device, dtype, compile = runtime.setup_device(device, dtype, compile, local_rank, deterministic)
 device_type = device.split(":")[0]
 autocast = runtime.make_autocast(device, dtype)
-backends = ("nccl", "gloo") if device_type == "cuda" else ("gloo",)
-if backend == "auto":
-    backend = backends[0]
-if backend not in backends:
-    raise UserError(f"backend={backend!r} must be 'gloo', or 'nccl' with GPUs")
-runtime.init_processes(rank, world_size, backend)
-
-# ---- signals ----
-
-stop_signal = 0
-
-
-def on_signal(number, frame):
-    """Asks the loop to stop after this update. A second Ctrl-C ends the process."""
-    global stop_signal
-    is_second_ctrl_c = number == signal.SIGINT and stop_signal == signal.SIGINT
-    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ  # it passes every Ctrl-C on twice
-    if is_second_ctrl_c and not under_torchrun:
-        raise KeyboardInterrupt
-    stop_signal = number
-    if master_process:
-        with contextlib.suppress(OSError):
-            os.write(2, b"finishing the current update, then saving (Ctrl-C again: quit now)\n")
-
-
-def say(text):
-    """Prints a line. A closed pipe saves and stops the run: Ctrl-C also ends `| tee log`."""
-    try:
-        print(text, flush=True)
-    except OSError:
-        if stop_signal == 0:
-            on_signal(signal.SIGTERM, None)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-
-
-if not eval_only:
-    signal.signal(signal.SIGTERM, on_signal)
-    signal.signal(signal.SIGINT, on_signal)
-    # Windows has no SIGHUP, and under nohup it stays ignored
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        signal.signal(signal.SIGHUP, on_signal)
+backend = runtime.init_processes(rank, world_size, backend, device_type)
 
 # ---- data ----
 
-TRAIN, EVAL_TRAIN, EVAL_VAL, DROPOUT = range(4)  # streams of random bits
-meta = read_meta(dataset)
-itos = meta.get("itos", {}) if meta else None  # the characters; {}: an unknown tokenizer's tokens
-data_vocab_size = meta["vocab_size"] if meta else 50257  # without meta.pkl, GPT-2's tokens
-splits = {split: open_tokens(dataset, split, block_size) for split in ("train", "val")}
-# Kept open: a run goes on with its own data if the data set is made anew under it.
-token_files = {split: open(tokens.filename, "rb") for split, tokens in splits.items()}
-data_fingerprint = fingerprint(dataset)
+TRAIN, EVAL_TRAIN, EVAL_VAL, MODEL = range(4)  # streams of random bits
+vocabulary = common.read_vocabulary(dataset)
+token_files, num_tokens = {}, {}  # by split
+for split in ("train", "val"):
+    # Kept open: to run prepare.py again must not change a run under way.
+    token_files[split], num_tokens[split] = common.open_tokens(dataset, split, block_size)
+data_fingerprint = common.fingerprint(dataset)
 num_eval_sequences = eval_iters * batch_size  # of each split
 if eval_iters == 0:
-    num_eval_sequences = (min(map(len, splits.values())) - 1) // block_size
+    num_eval_sequences = (min(num_tokens.values()) - 1) // block_size
 micro_steps = range(rank, gradient_accumulation_steps, world_size)  # those of this process
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 
@@ -200,20 +137,26 @@ def random_bits(stream, iteration, count, micro_step=0):
     return np.random.Philox(key=(seed, stream), counter=counter).random_raw(count)
 
 
+def seed_torch(stream, iteration, micro_step=0):
+    """Seeds torch's generator, for dropout and whatever else a forward pass draws."""
+    bits = random_bits(stream, iteration, 1, micro_step)
+    torch.manual_seed(int(bits[0]) >> 1)
+
+
 def load_sequences(split, offsets):
     """x, the token ids at `offsets` (B,) of a split, and y, those that follow: (B, T) each."""
     # A new memory map each time: an old one keeps every page that it has read in memory.
     tokens = np.memmap(token_files[split], dtype="<u2", mode="r")
     windows = offsets[:, None] + np.arange(block_size + 1)  # (B, T + 1)
     ids = tokens[windows].astype(np.int64)
-    if ids.max() >= data_vocab_size:
+    if ids.max() >= vocabulary["vocab_size"]:
         raise UserError(f"{tokens.filename} has the token id {ids.max()}, but a vocabulary of "
-                         f"{data_vocab_size}: {prepare_hint(dataset)}")
+                        f"{vocabulary['vocab_size']}: {common.prepare_hint(dataset)}")
     ids = torch.from_numpy(ids)
     on_cuda = device_type == "cuda"
     if on_cuda:
         ids = ids.pin_memory()
-    # note: MPS would read memory that is not pinned too late, after it was freed
+    # note: on other devices an asynchronous copy may outlive its source
     ids = ids.to(device, non_blocking=on_cuda)
     return ids[:, :-1], ids[:, 1:]
 
@@ -224,15 +167,8 @@ def get_batch(split, stream, iteration, micro_step=0):
     first = micro_step * batch_size
     bits = random_bits(stream, iteration, first + batch_size)[first:]  # (B,)
     # Modulo favours low offsets by less than 1e-9, and is the same in every version of numpy.
-    offsets = (bits % (len(splits[split]) - block_size)).astype(np.int64)
+    offsets = (bits % (num_tokens[split] - block_size)).astype(np.int64)
     return load_sequences(split, offsets)
-
-
-def get_sequential_batch(split, k):
-    """Batch `k` of a split, read in order; the last one may have fewer sequences."""
-    first = k * batch_size
-    sequences = np.arange(first, min(first + batch_size, num_eval_sequences))
-    return load_sequences(split, sequences * block_size)
 
 
 # ---- model and optimizers ----
@@ -242,7 +178,9 @@ if checkpoint:
     model_args = dict(checkpoint["model_args"], dropout=dropout)
     model = GPT.from_state(model_args, checkpoint["model"])
 elif init_from in ("scratch", "auto"):
-    vocab_size = meta["vocab_size"] if meta else 50304  # 50257, padded to a multiple of 64
+    vocab_size = vocabulary["vocab_size"]
+    if vocab_size == 50257:
+        vocab_size = 50304  # a multiple of 64, for speed
     model_args = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size,
                       bias=bias, vocab_size=vocab_size, dropout=dropout)
     model = GPT(GPTConfig(**model_args))
@@ -251,98 +189,80 @@ else:
     model.crop_block_size(block_size)
 model.to(device)
 model_args = vars(model.config)
-is_padded_gpt2 = meta is None and model.config.vocab_size == 50304
-if model.config.vocab_size != data_vocab_size and not is_padded_gpt2:
-    raise UserError(f"the model has a vocabulary of {model.config.vocab_size}, the data set "
-                     f"{dataset!r} one of {data_vocab_size}: use a data set of the same tokenizer")
 config.update(model_args, device=device, dtype=dtype, compile=compile, backend=backend)
+common.check_vocabulary(dataset, vocabulary, model.config.vocab_size, checkpoint)
 
-betas = (beta1, beta2)
-adamw = model.configure_optimizers(weight_decay, learning_rate, betas, device_type, optimizer_type)
-optimizers = {"optimizer": adamw}  # by their keys in a checkpoint
+# What a run carries from one update to the next. Whatever is added here, a thing with a state_dict
+# or a plain value, is saved in checkpoints and restored from them.
+state = dict(
+    model=model,
+    optimizer=model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type,
+                                         optimizer_type),
+    scaler=torch.amp.GradScaler(device_type, enabled=dtype == "float16"),
+    iter_num=0,  # updates so far
+    best_val_loss=1e9,
+    wandb_id=None,
+)
 if optimizer_type == "muon":
-    optimizers["muon"] = model.configure_muon(weight_decay, learning_rate)
-scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
-
-# What a run carries from one update to the next, besides the weights; `save` writes it.
-new_run = dict(iter_num=0, best_val_loss=1e9, best_iter=None, skipped=0, skipped_in_a_row=0,
-               wandb_id=None)
-start = checkpoint or new_run
-iter_num = start["iter_num"]  # updates so far
-best_val_loss = start["best_val_loss"]
-best_iter = start["best_iter"]
-skipped = start["skipped"]  # updates that were not finite
-skipped_in_a_row = start["skipped_in_a_row"]
-wandb_id = start["wandb_id"]
-saved_iter = iter_num if checkpoint else None  # the iteration of the latest checkpoint
-evaluations_changed = False  # since the checkpoint, so that losses cannot be compared
+    state["muon"] = model.configure_muon(weight_decay, learning_rate, muon_lr_scale)
+saved_iter = None  # the iteration of the latest ckpt.pt or last.pt
 if checkpoint:
-    for key, optimizer in optimizers.items():
-        load_optimizer(optimizer, checkpoint.get(key))
-    if checkpoint["scaler"]:
-        scaler.load_state_dict(checkpoint["scaler"])
-    if checkpoint["data"] and checkpoint["itos"] != itos:
-        raise UserError(f"the data set {dataset!r} has other characters than the checkpoint: "
-                         "resume with its own data set, or start anew")
-    is_same_data = checkpoint["data"] in (None, data_fingerprint)
-    if not is_same_data:
-        print(f"note: the data set {dataset!r} is not the one that the checkpoint was trained on")
-    old = config | checkpoint["config"]
-    changed = [key for key in ("eval_iters", "batch_size", "seed") if old[key] != config[key]]
-    evaluations_changed = not is_same_data or len(changed) > 0
-    if evaluations_changed:
-        print("note: evaluations change, so the best val loss starts anew")
-        best_val_loss, best_iter = 1e9, None
-    checkpoint = start = None  # frees it
+    restore(state, checkpoint)
+    saved_iter = state["iter_num"]
+    old_data = checkpoint["data"] or {}  # nanoGPT's checkpoints have none
+    if not old_data.items() <= data_fingerprint.items():
+        print(f"note: the data set {dataset!r} is not the one that the checkpoint was trained on; "
+              "the best val loss starts anew")
+        state["best_val_loss"] = 1e9
+    checkpoint = None  # frees the memory
+scaler = state["scaler"]
+optimizers = [value for value in state.values() if isinstance(value, torch.optim.Optimizer)]
 
-if world_size > 1:
-    may_differ = ("out_dir", "dataset", "device", "wandb_run_name")  # paths, a time in a name
-    settings = {key: value for key, value in config.items() if key not in may_differ}
-    states = [None] * world_size
-    dist.all_gather_object(states, (iter_num, model_args, settings, data_fingerprint))
-    if any(state != states[0] for state in states):
-        raise UserError("the processes differ in their checkpoints, settings or data: give all "
-                         "of them the same ones, and an out_dir on shared storage")
+may_differ = ("out_dir", "dataset", "device", "wandb_run_name")  # paths, a time in a name
+settings = {key: value for key, value in config.items() if key not in may_differ}
+runtime.check_same(iter_num=state["iter_num"], settings=settings, data=data_fingerprint)
 
-if dropout > 0:
-    torch.backends.cuda.enable_cudnn_sdp(False)  # on Hopper it may round dropout to sixteenths
-    if compile:
-        torch._dynamo.config.optimize_ddp = False  # splitting the graph would change dropout masks
 # dynamic=False: a shorter batch in an evaluation must not change the graph for training
 compiled_model = torch.compile(model, dynamic=False) if compile else model
 ddp_model = compiled_model
 if world_size > 1 and not eval_only:
-    # note: find_unused_parameters keeps DDP from changing its buckets, and so the order of sums
-    ddp_model = DDP(compiled_model, gradient_as_bucket_view=True,
-                    find_unused_parameters=deterministic)
+    ddp_model = runtime.wrap_ddp(compiled_model, dropout)
 
-# ---- evaluation ----
+# ---- evaluation and learning rate ----
 
 
 @torch.no_grad()
 def estimate_loss():
-    """{'train': loss, 'val': loss}, each the mean over the same batches every time."""
+    """
+    {'train': loss, 'val': loss}, each the mean over the same batches every time. None if a signal
+    has asked to stop.
+    """
     num_batches = math.ceil(num_eval_sequences / batch_size)
-    next_report = time.perf_counter() + 60  # seconds
-    means = {}
-    my_batches = range(rank, num_batches, world_size)
+    results = torch.zeros(2 * num_batches + 1, device=device)  # train, val, stop flag
     compiled_model.eval()
-    for split, stream in (("train", EVAL_TRAIN), ("val", EVAL_VAL)):
-        batch_losses = torch.zeros(num_batches, device=device)
-        for k in tqdm(my_batches, f"evaluating on {split}", leave=False, delay=2,
-                      disable=not on_terminal):
-            x, y = get_batch(split, stream, k) if eval_iters > 0 else get_sequential_batch(split, k)
+    for split, stream, start in (("train", EVAL_TRAIN, 0), ("val", EVAL_VAL, num_batches)):
+        my_batches = range(rank, num_batches, world_size)
+        for k in tqdm(my_batches, f"evaluating on {split}", leave=False, delay=2, disable=no_bars):
+            if runtime.stop_requested():
+                break
+            if eval_iters > 0:
+                x, y = get_batch(split, stream, k)
+            else:  # in order; the last batch may have fewer sequences
+                end = min((k + 1) * batch_size, num_eval_sequences)
+                x, y = load_sequences(split, np.arange(k * batch_size, end) * block_size)
+            seed_torch(stream, k)
             with autocast:
                 _, loss = compiled_model(x, y)
-            batch_losses[k] = loss * (len(x) / batch_size)  # a short last batch counts for less
-            if time.perf_counter() > next_report and not on_terminal:
-                say(f"evaluating on {split}, batch {k} of {num_batches}")
-                next_report += 60
-        # One process's value plus zeros for each batch: no sum depends on the number of processes.
-        runtime.all_reduce_sum(batch_losses)
-        means[split] = batch_losses.cpu().double().sum().item() / (num_eval_sequences / batch_size)
+            results[start + k] = loss * (len(x) / batch_size)  # a short batch counts for less
     compiled_model.train()
-    return means
+    results[-1] = float(runtime.stop_requested())
+    # One process's value plus zeros for each batch: no sum depends on the number of processes.
+    *losses, stop_flag = runtime.all_reduce_sum(results).tolist()
+    if stop_flag > 0:
+        return None
+    num_full_batches = num_eval_sequences / batch_size
+    return {"train": sum(losses[:num_batches]) / num_full_batches,
+            "val": sum(losses[num_batches:]) / num_full_batches}
 
 
 def get_lr(iteration):
@@ -368,93 +288,79 @@ def get_lr(iteration):
 
 COLUMNS = "iter train_loss val_loss loss lr grad_norm tokens_per_s time_ms mfu".split()
 log_path = os.path.join(out_dir, "log.csv")
-picture_path = os.path.join(out_dir, "loss.png")
-
-
-def trim_log():
-    """Starts log.csv, or keeps those lines that a resumed run is not going to write again."""
-    lines = [",".join(COLUMNS) + "\n"]
-    if os.path.exists(log_path):
-        with open(log_path, errors="replace") as file:
-            for line in file:
-                iteration = line.split(",")[0]
-                is_complete = line.endswith("\n") and iteration.isdecimal()
-                if is_complete and int(iteration) < iter_num:
-                    lines.append(line)
-    with open(log_path + ".tmp", "w", newline="") as file:
-        file.writelines(lines)
-    os.replace(log_path + ".tmp", log_path)
-
-
-compiled = ", compiled" if compile else ""
-say(f"{model.get_num_params(False) / 1e6:.2f}M parameters, "
-    f"{tokens_per_iter:,} tokens per iteration, "
-    f"{world_size} x {device_type} in {dtype}{compiled}, from iteration {iter_num}")
-is_complete = max_iters > 0 and iter_num >= max_iters
-if is_complete and not eval_only:
-    say(f"this run is complete: give a larger --max_iters than {max_iters} to continue")
-if master_process and not eval_only:
-    if wandb_log:
-        import wandb
-        try:
-            wandb_run = wandb.init(project=wandb_project, name=wandb_run_name, config=config,
-                                   id=wandb_id, resume="allow")
-        except wandb.Error as error:
-            raise UserError(f"wandb: {error} (WANDB_MODE=offline needs no account)") from None
-        wandb_id = wandb_run.id
-        wandb_run.define_metric("*", step_metric="iter")
-    if saved_iter is None:
-        back_up(out_dir, ("ckpt.pt", "last.pt", "log.csv", "loss.png"), os.rename)
-    elif evaluations_changed:  # a copy, as it may be the one to resume from
-        back_up(out_dir, ("ckpt.pt",), shutil.copyfile)
-    trim_log()
 
 
 def log_metrics(**row):
     """Adds a row to log.csv, and to wandb, where train_loss is called train/loss."""
     if not master_process:
         return
-    log_size = None
     try:
-        with open(log_path, "a", newline="") as file:
-            log_size = file.tell()
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            if log_size == 0:  # a new file: somebody removed the old one
-                writer.writeheader()
-            writer.writerow(row)
+        with open(log_path, "a") as file:
+            csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
     except OSError as error:
-        say(f"note: cannot write {log_path}: {error}")
-        if log_size is not None:
-            with contextlib.suppress(OSError):
-                os.truncate(log_path, log_size)  # leaves no part of a row
+        print(f"note: cannot write {log_path}: {error}")
     if wandb_log:
         wandb_run.log({key.replace("_loss", "/loss"): value for key, value in row.items()})
 
 
-def save(name):
-    """Writes the state of the run before update `iter_num` to `name` in out_dir."""
+def save(name, on_any_process=False):
+    """Writes the state of the run to `name` in out_dir. A resume reads ckpt.pt and last.pt only."""
     global saved_iter
-    saved_iter = iter_num
-    if not master_process:
-        return
-    state = {key: optimizer.state_dict() for key, optimizer in optimizers.items()}
-    state.update(model=model.state_dict(), model_args=model_args, config=config, iter_num=iter_num,
-                 best_val_loss=best_val_loss, best_iter=best_iter, scaler=scaler.state_dict(),
-                 skipped=skipped, skipped_in_a_row=skipped_in_a_row, wandb_id=wandb_id,
-                 itos=itos, data=data_fingerprint)
-    save_checkpoint(state, os.path.join(out_dir, name))
+    if master_process or on_any_process:
+        save_checkpoint(os.path.join(out_dir, name), state, model_args=model_args, config=config,
+                        itos=vocabulary["itos"], tokenizer=vocabulary["tokenizer"],
+                        data=data_fingerprint)
+    if name in ("ckpt.pt", "last.pt"):
+        saved_iter = state["iter_num"]
 
+
+def save_after_error():
+    """Writes last.pt when an error has ended the loop, so that no finished update is lost."""
+    if not updating and skipped_in_a_row == 0 and state["iter_num"] not in (0, saved_iter):
+        save("last.pt", on_any_process=True)  # the one with the error, as rank 0 may hang
+        print(f"saved last.pt before iteration {state['iter_num']}", file=sys.stderr)
+
+
+updating = False  # the weights are being changed: they belong to no iteration
+skipped_in_a_row = 0  # updates that were not finite; nothing is saved while they go on
+threads = f", {torch.get_num_threads()} threads" if device_type == "cpu" else ""
+compiled = ", compiled" if compile else ""
+num_params = model.get_num_params(False) / 1e6
+print(f"{num_params:.2f}M parameters, {tokens_per_iter:,} tokens per iteration, {world_size} x "
+      f"{device_type} in {dtype}{threads}{compiled}, from iteration {state['iter_num']}")
+if decay_lr and min_lr == 0 and lr_decay_iters < max_iters:
+    print(f"note: max_iters={max_iters}, but the learning rate is 0 from {lr_decay_iters=} on")
+if 0 < max_iters <= state["iter_num"] and not eval_only:
+    print(f"this run is complete: to continue, give a larger --max_iters than {max_iters} and as "
+          "large --lr_decay_iters")
+if not eval_only:
+    if master_process and wandb_log:
+        import wandb
+        try:
+            wandb_run = wandb.init(project=wandb_project, name=wandb_run_name, config=config,
+                                   id=state["wandb_id"], resume="allow")
+        except wandb.Error as error:
+            raise UserError(f"wandb: {error} (WANDB_MODE=offline needs no account)") from None
+        wandb_run.define_metric("*", step_metric="iter")
+        state["wandb_id"] = wandb_run.id
+    state["wandb_id"] = runtime.broadcast(state["wandb_id"])
+    if master_process:
+        if saved_iter is None:
+            back_up(out_dir)
+        trim_log(log_path, COLUMNS, state["iter_num"])
+    runtime.catch_signals()
+    runtime.call_after_error(save_after_error)
 
 # ---- the loop ----
 
-stopping = False
-first_iter = iter_num
+first_iter = state["iter_num"]
 num_updates = 0  # since the last log line
 eval_seconds = None  # of the latest evaluation
 start_time = time.perf_counter()
-x, y = get_batch("train", TRAIN, iter_num, micro_steps[0])
+x, y = get_batch("train", TRAIN, first_iter, micro_steps[0])
 t0 = time.perf_counter()  # time of the last log line; evaluations move it on
 while True:
+    iter_num = state["iter_num"]
     last_step = iter_num >= max_iters
     lr = get_lr(iter_num)
 
@@ -463,145 +369,132 @@ while True:
         runtime.synchronize(device)  # the optimizer's work is part of the update
         eval_start = time.perf_counter()
         losses = estimate_loss()
+        stopping = losses is None
+        if stopping:  # the evaluation is repeated on resume
+            break
         line = f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}"
         if eval_only:
-            say(line)
+            print(line)
             break
-        if losses["val"] < best_val_loss:
-            best_val_loss, best_iter = losses["val"], iter_num
-            if iter_num > 0:
+        may_save = iter_num > 0 and skipped_in_a_row == 0 and math.isfinite(losses["val"])
+        # An equal loss is that of a resumed run, whose ckpt.pt an error may have prevented.
+        if losses["val"] <= state["best_val_loss"] and skipped_in_a_row == 0:
+            state["best_val_loss"] = losses["val"]
+            if may_save:
                 save("ckpt.pt")
                 line += ", saved ckpt.pt"
-        elif always_save_checkpoint and math.isfinite(losses["val"]):
-            if iter_num > 0 and saved_iter != iter_num:
-                save("last.pt")
-                line += ", saved last.pt"
-        say(line)
+        elif always_save_checkpoint and may_save and saved_iter != iter_num:
+            save("last.pt")
+            line += ", saved last.pt"
+        print(line)
         log_metrics(iter=iter_num, train_loss=losses["train"], val_loss=losses["val"], lr=lr)
         eval_seconds = time.perf_counter() - eval_start
         t0 += eval_seconds
     if last_step:
         break
 
-    # ---- the update, from here ----
-    for key, optimizer in optimizers.items():
-        lr_scale = muon_lr_scale if key == "muon" else 1.0
+    # ---- forward and backward ----
+    for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = lr * lr_scale
+            group["lr"] = lr * group.get("lr_scale", 1.0)
     loss_sum = torch.zeros((), device=device)
     for micro_step in micro_steps:
-        if dropout > 0:
-            dropout_seed = int(random_bits(DROPOUT, iter_num, 1, micro_step)[0])
-            torch.manual_seed(dropout_seed >> 1)
-        # Gradients are averaged over the processes once, in the last backward pass.
         is_last_micro_step = micro_step == micro_steps[-1]
-        accumulating = world_size > 1 and not is_last_micro_step
-        with ddp_model.no_sync() if accumulating else contextlib.nullcontext():
-            with autocast:
-                _, micro_loss = ddp_model(x, y)
-                micro_loss = micro_loss / len(micro_steps)
-            # Fetch the next micro-batch while the device is busy with this one.
-            if is_last_micro_step:
-                x, y = get_batch("train", TRAIN, iter_num + 1, micro_steps[0])
-            else:
-                x, y = get_batch("train", TRAIN, iter_num, micro_step + world_size)
-            scaler.scale(micro_loss).backward()
+        if world_size > 1:  # gradients are averaged once, in the last backward pass
+            ddp_model.require_backward_grad_sync = is_last_micro_step
+        seed_torch(MODEL, iter_num, micro_step)
+        with autocast:
+            _, micro_loss = ddp_model(x, y)
+            micro_loss = micro_loss / len(micro_steps)
+        # Fetch the next micro-batch while the device is busy with this one.
+        if is_last_micro_step:
+            x, y = get_batch("train", TRAIN, iter_num + 1, micro_steps[0])
+        else:
+            x, y = get_batch("train", TRAIN, iter_num, micro_step + world_size)
+        scaler.scale(micro_loss).backward()
         loss_sum += micro_loss.detach()
-    for optimizer in optimizers.values():
+    for optimizer in optimizers:
         scaler.unscale_(optimizer)
-    total_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    total_norm = torch.nn.utils.get_total_norm(grads)
 
     # The one collective besides the gradients', and the one wait for the device.
-    stop_flag = torch.full((), float(stop_signal > 0), device=device)
+    stop_flag = torch.full((), float(runtime.stop_signal > 0), device=device)
     stats = runtime.all_reduce_sum(torch.stack([loss_sum, total_norm, stop_flag]))
-    loss, grad_norm, stop_frac = (stats / world_size).tolist()
-    stopping = stop_frac > 0
-
-    # Nothing that is not finite may reach the weights, on any process.
-    nonfinite = not math.isfinite(loss + grad_norm)
-    if nonfinite:
-        scale = scaler.get_scale()
-        scaler.update()
-        finding_scale = scale >= 1 and scaler.get_scale() < scale  # float16's scaler is starting
-        skipped += 1
-        if not finding_scale:
-            skipped_in_a_row += 1
-    else:
-        if grad_clip > 0 and grad_norm > grad_clip:
-            torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, total_norm)
-        for optimizer in optimizers.values():
-            scaler.step(optimizer)
-        scaler.update()
-        skipped_in_a_row = 0
-    model.zero_grad(set_to_none=world_size == 1)  # in DDP, gradients stay in its buckets
+    loss, grad_norm, stopping = (stats / world_size).tolist()
     num_updates += 1
-    # ---- to here ----
 
-    if nonfinite:
-        say(f"iter {iter_num}: loss or gradient is not finite, update skipped ({skipped} so far)")
+    # Log before the weights change: log.csv then has the rows of all updates in a checkpoint.
     if iter_num % log_interval == 0:
         t1 = time.perf_counter()
         dt = (t1 - t0) / num_updates  # seconds per update
         t0, num_updates = t1, 0
-        tokens_per_s = tokens_per_iter / dt
-        mfu = model.estimate_mfu(len(micro_steps) * batch_size, dt)
+        metrics = dict(iter=iter_num, loss=loss, lr=lr, grad_norm=grad_norm,
+                       tokens_per_s=tokens_per_iter / dt, time_ms=dt * 1000)
         line = f"iter {iter_num}: loss {loss:.4f}, time {dt * 1000:.2f}ms"
-        if mfu is not None:
+        mfu = model.estimate_mfu(len(micro_steps) * batch_size, dt)
+        if not math.isnan(mfu):
+            metrics["mfu"] = mfu
             line += f", mfu {mfu:.2%}"
-        line += f", {tokens_per_s:,.0f} tokens/s"
+        line += f", {tokens_per_iter / dt:,.0f} tokens/s"
         if iter_num > first_iter and eval_seconds is not None:  # the first update is a slow one
             evals_left = math.ceil(max_iters / eval_interval) - iter_num // eval_interval
             eta = (max_iters - iter_num - 1) * dt + evals_left * eval_seconds
             line += f", {datetime.timedelta(seconds=int(eta))} left"
-        say(line)
-        log_metrics(iter=iter_num, loss=loss, lr=lr, grad_norm=grad_norm,
-                    tokens_per_s=tokens_per_s, time_ms=dt * 1000, mfu=mfu)
-    iter_num += 1
-    if skipped_in_a_row == 10 or stopping:
+        print(line)
+        log_metrics(**metrics)
+
+    # ---- the update: an error in here leaves weights that belong to no iteration ----
+    updating = True
+    if math.isfinite(loss + grad_norm):
+        if grad_clip > 0 and grad_norm > grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, total_norm)
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+        skipped_in_a_row = 0
+    else:  # what is not finite must not reach the weights, on any process
+        skipped_in_a_row += 1
+        print(f"iter {iter_num}: loss or gradient is not finite, update skipped "
+              f"({skipped_in_a_row} in a row)")
+    scaler.update()
+    state["iter_num"] += 1
+    updating = False
+    # ---- to here ----
+    model.zero_grad(set_to_none=world_size == 1)  # in DDP, gradients stay in its buckets
+    if stopping or skipped_in_a_row == 25:  # float16's scaler skips up to 17 to find its scale
         break
 
 # ---- the end ----
 
-last_eval_failed = last_step and not math.isfinite(losses["val"])
-diverged = not eval_only and (skipped_in_a_row == 10 or last_eval_failed)
-if not (eval_only or diverged or saved_iter == iter_num):
-    save("last.pt")
-exit_code = int(diverged)
-if stopping:
-    exit_code = 128 + (stop_signal or signal.SIGTERM)
+exit_code = 0
+if not eval_only:
+    diverged = skipped_in_a_row == 25 or (last_step and not math.isfinite(losses["val"]))
+    if skipped_in_a_row == 0 and not diverged and saved_iter != state["iter_num"]:
+        save("last.pt")
+    summary = f"time {datetime.timedelta(seconds=int(time.perf_counter() - start_time))}"
+    if state["best_val_loss"] < 1e9:
+        summary = f"best val loss {state['best_val_loss']:.4f}, {summary}"
+    print(summary)
+    way = "scratch" if saved_iter is None else "resume"
+    command = f"python train.py --out_dir={shlex.quote(out_dir)} --init_from={way}"
+    if diverged:
+        exit_code = 1
+        if master_process:
+            print(f"error: loss or gradient is not finite at iteration {iter_num}; to go on from "
+                  f"iteration {saved_iter or 0}: {command}, with --compile=False if it was "
+                  "compiled, a lower learning_rate or another dtype", file=sys.stderr)
+    elif stopping:
+        number = runtime.stop_signal or signal.SIGTERM
+        exit_code = 128 + number
+        print(f"stopped by {signal.Signals(number).name} before iteration {saved_iter or 0}; "
+              f"to go on: {command}")
+    else:
+        print(f"to sample: python sample.py --out_dir={shlex.quote(out_dir)}")
 if master_process and not eval_only:
-    seconds = int(time.perf_counter() - start_time)
-    summary = f"time {datetime.timedelta(seconds=seconds)}"
-    if best_iter is not None:
-        summary = f"best val loss {best_val_loss:.4f} at iteration {best_iter}, {summary}"
-    say(summary)
     try:
-        draw_losses([out_dir], picture_path)
-        say(f"losses drawn in {picture_path}")
+        draw_losses([out_dir], os.path.join(out_dir, "loss.png"))
     except Exception as error:  # a picture is no reason to fail
-        say(f"note: {picture_path} was not drawn: {error}")
-    if stopping:
-        name = signal.Signals(stop_signal or signal.SIGTERM).name
-        say(f"stopped by {name} before iteration {iter_num}; to go on: "
-            f"python train.py --out_dir={shlex.quote(out_dir)} --init_from=resume")
-    elif not diverged:
-        say(f"to sample: python sample.py --out_dir={shlex.quote(out_dir)}")
+        print(f"note: loss.png was not drawn: {error}")
     if wandb_log:
         wandb_run.finish(exit_code)
-if world_size > 1:
-    # Wait until rank 0 has written: torchrun kills the others once one exits with an error.
-    runtime.all_reduce_sum(torch.zeros(1, device=device))
-    dist.destroy_process_group()
-if diverged:
-    if not master_process:
-        sys.exit(1)
-    restart = "scratch" if saved_iter is None else f"resume (continues at iteration {saved_iter})"
-    uncompiled = "with --compile=False, or " if compile else ""
-    raise UserError(f"loss or gradient is not finite at iteration {iter_num - 1}, after {skipped} "
-                     f"skipped updates: start again with --init_from={restart}, {uncompiled}with a "
-                     "lower learning_rate or another dtype")
-if world_size > 1:
-    # note: while Python shuts down, threads of torch.distributed sometimes abort the process.
-    os._exit(exit_code)
-if stopping:
-    sys.exit(exit_code)
+runtime.close(exit_code)
