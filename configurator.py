@@ -30,12 +30,14 @@ class UserError(ValueError):
 
 
 def set_environment():
-    """Sets variables that torch reads when it is imported, unless the user has set them."""
+    """Sets variables that torch and tqdm read when imported, unless the user has set them."""
     if "OMP_WAIT_POLICY" not in os.environ:
         # threads that spin at OpenMP's barriers would slow a run many times beside a busy process
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     if "WORLD_SIZE" in os.environ:  # DDP warns of find_unused_parameters, which runtime.py wants
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if os.environ.get("RANK", "0") != "0":
+        os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 def configure(settings, paths=None):
@@ -152,14 +154,14 @@ def check_choice(key, value, choices):
         raise UserError(f"{key}={value!r} is none of {', '.join(map(repr, choices))}")
 
 
-def restore_settings(config, checkpoint, of_this_command):
+def restore_settings(config, checkpoint, of_this_machine):
     """
     Updates `config` on resume: settings that were not given now come from the checkpoint, except
-    those named in `of_this_command`. Given ones win, but for the model's shape. Prints changes.
+    those named in `of_this_machine`. Given ones win, but for the model's shape. Prints changes.
     """
     shape = checkpoint["model_args"].keys() - {"dropout"}
     for key, old_value in (checkpoint["config"] | checkpoint["model_args"]).items():
-        if key not in config or key in of_this_command:
+        if key not in config or key in of_this_machine:
             continue
         is_changed = key in given_settings and config[key] != old_value
         if is_changed and key not in shape:

@@ -16,6 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils import skip_init
+from torch.utils.checkpoint import checkpoint as recompute
 
 from checkpoint import best_checkpoint, build_model, read_huggingface, write_huggingface
 from configurator import UserError, check_ranges
@@ -154,6 +155,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.gradient_checkpointing = False
         # Names are those of OpenAI's published weights.
         self.transformer = nn.ModuleDict()
         self.transformer.wte = embedding(config.vocab_size, config.n_embd)
@@ -177,7 +179,10 @@ class GPT(nn.Module):
         x = self.transformer.wte(idx) + self.transformer.wpe.weight[start:end]  # (B, T, C)
         x = self.transformer.drop(x)
         for layer, block in enumerate(self.transformer.h):
-            x = block(x, caches[layer] if caches else None)
+            if self.gradient_checkpointing and self.training:
+                x = recompute(block, x, use_reentrant=False)  # again, in the backward pass
+            else:
+                x = block(x, caches[layer] if caches else None)
         if caches:
             x = x[:, -1:]
         logits = self.lm_head(self.transformer.ln_f(x))

@@ -17,6 +17,7 @@ MOMENTUM = 0.95
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NS_STEPS = 5
 EPS = 1e-7
+STACK_LIMIT = 2**26  # elements in a stack, so that a step needs at most about a gigabyte
 CPU_STACK_LIMIT = 2**18  # on a CPU, matrices with more elements are faster one by one (caches)
 
 
@@ -75,7 +76,7 @@ class Muon(torch.optim.Optimizer):
                 if param.grad is not None:
                     by_shape[param.shape].append(param)
             for shape, params in by_shape.items():
-                stack_size = len(params)
+                stack_size = max(1, STACK_LIMIT // shape.numel())
                 if params[0].device.type == "cpu" and shape.numel() > CPU_STACK_LIMIT:
                     stack_size = 1
                 for i in range(0, len(params), stack_size):

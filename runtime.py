@@ -274,11 +274,12 @@ def compiler_works(device):
     return True
 
 
-def make_autocast(device, dtype):
+def make_autocast(device, dtype, cache_enabled=True):
     """The context of the forward pass: torch.autocast, or nothing for float32."""
     if dtype == "float32":
         return contextlib.nullcontext()
-    return torch.autocast(device.split(":")[0], dtype=getattr(torch, dtype))
+    return torch.autocast(device.split(":")[0], dtype=getattr(torch, dtype),
+                          cache_enabled=cache_enabled)
 
 
 def synchronize(device):

@@ -28,7 +28,7 @@ import runtime
 from checkpoint import back_up, newest_checkpoint, restore, save_checkpoint, trim_log
 from configurator import UserError, check_choice, check_ranges, configure, restore_settings
 from data import common
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, load_model
 from plot import draw_losses
 
 # output
@@ -38,7 +38,7 @@ log_interval = 1  # updates between log lines
 eval_iters = 200  # batches of each split in an evaluation; 0: all of val, and as much of train
 eval_only = False  # evaluate once and write nothing
 always_save_checkpoint = True  # save at every evaluation; False: only when the val loss improved
-init_from = 'scratch'  # 'resume', 'auto' (resume if there is a checkpoint), 'gpt2*', or a folder
+init_from = 'scratch'  # 'resume', 'auto' (resume if there is a checkpoint), 'gpt2*', a folder
 # wandb
 wandb_log = False
 wandb_project = 'owt'
@@ -75,6 +75,7 @@ backend = 'auto'  # 'nccl' (GPUs) or 'gloo' (CPUs)
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto'  # 'bfloat16' where it is native, 'float16', 'float32'
 compile = 'auto'  # True, False; 'auto': on CUDA
+gradient_checkpointing = False  # recompute blocks in the backward pass: less memory, slower
 # exactness
 seed = 1337
 deterministic = False  # bitwise reproducible on CUDA, but slower
@@ -85,7 +86,6 @@ config = configure(globals())
 
 rank, local_rank, world_size = runtime.process_ranks()
 master_process = rank == 0  # the one that prints, logs and saves
-no_bars = None if master_process else True  # None: none in a pipe or a file
 if master_process and not eval_only:
     run_lock = common.lock_folder(out_dir)  # before the checkpoint is read
 
@@ -93,9 +93,9 @@ checkpoint = None
 if init_from in ("resume", "auto"):
     checkpoint = newest_checkpoint(out_dir, required=init_from == "resume")
 if checkpoint:
-    # Given settings win, the others come from the checkpoint, except those of this command.
-    of_this_command = ("out_dir", "init_from", "eval_only", "device", "compile", "backend")
-    restore_settings(config, checkpoint, of_this_command)
+    # Given settings win, the others come from the checkpoint, except these.
+    of_this_machine = ("out_dir", "init_from", "eval_only", "device", "compile", "backend")
+    restore_settings(config, checkpoint, of_this_machine)
     globals().update(config)
 
 check_ranges(config, "eval_interval log_interval gradient_accumulation_steps batch_size", 1)
@@ -112,7 +112,7 @@ if gradient_accumulation_steps % world_size != 0:
 
 device, dtype, compile = runtime.setup_device(device, dtype, compile, local_rank, deterministic)
 device_type = device.split(":")[0]
-autocast = runtime.make_autocast(device, dtype)
+autocast = runtime.make_autocast(device, dtype, cache_enabled=not gradient_checkpointing)
 backend = runtime.init_processes(rank, world_size, backend, device_type)
 
 # ---- data ----
@@ -174,6 +174,7 @@ def get_batch(split, stream, iteration, micro_step=0):
 # ---- model and optimizers ----
 
 torch.manual_seed(seed)
+pretrained = None  # the checkpoint of another run, if init_from is one
 if checkpoint:
     model_args = dict(checkpoint["model_args"], dropout=dropout)
     model = GPT.from_state(model_args, checkpoint["model"])
@@ -185,12 +186,13 @@ elif init_from in ("scratch", "auto"):
                       bias=bias, vocab_size=vocab_size, dropout=dropout)
     model = GPT(GPTConfig(**model_args))
 else:
-    model = GPT.from_pretrained(init_from, dict(dropout=dropout))
-    model.crop_block_size(block_size)
+    model, pretrained = load_model(init_from, out_dir, dropout=dropout)
+    model.train().crop_block_size(block_size)
 model.to(device)
+model.gradient_checkpointing = gradient_checkpointing
 model_args = vars(model.config)
 config.update(model_args, device=device, dtype=dtype, compile=compile, backend=backend)
-common.check_vocabulary(dataset, vocabulary, model.config.vocab_size, checkpoint)
+common.check_vocabulary(dataset, vocabulary, model.config.vocab_size, checkpoint or pretrained)
 
 # What a run carries from one update to the next. Whatever is added here, a thing with a state_dict
 # or a plain value, is saved in checkpoints and restored from them.
@@ -242,7 +244,7 @@ def estimate_loss():
     compiled_model.eval()
     for split, stream, start in (("train", EVAL_TRAIN, 0), ("val", EVAL_VAL, num_batches)):
         my_batches = range(rank, num_batches, world_size)
-        for k in tqdm(my_batches, f"evaluating on {split}", leave=False, delay=2, disable=no_bars):
+        for k in tqdm(my_batches, f"evaluating on {split}", leave=False, delay=2, disable=None):
             if runtime.stop_requested():
                 break
             if eval_iters > 0:
@@ -331,8 +333,7 @@ print(f"{num_params:.2f}M parameters, {tokens_per_iter:,} tokens per iteration, 
 if decay_lr and min_lr == 0 and lr_decay_iters < max_iters:
     print(f"note: max_iters={max_iters}, but the learning rate is 0 from {lr_decay_iters=} on")
 if 0 < max_iters <= state["iter_num"] and not eval_only:
-    print(f"this run is complete: to continue, give a larger --max_iters than {max_iters} and as "
-          "large --lr_decay_iters")
+    print(f"this run is complete: give larger --max_iters and --lr_decay_iters than {max_iters}")
 if not eval_only:
     if master_process and wandb_log:
         import wandb
@@ -355,7 +356,7 @@ if not eval_only:
 
 first_iter = state["iter_num"]
 num_updates = 0  # since the last log line
-eval_seconds = None  # of the latest evaluation
+eval_seconds = 0.0  # of the latest evaluation
 start_time = time.perf_counter()
 x, y = get_batch("train", TRAIN, first_iter, micro_steps[0])
 t0 = time.perf_counter()  # time of the last log line; evaluations move it on
@@ -429,20 +430,18 @@ while True:
         t1 = time.perf_counter()
         dt = (t1 - t0) / num_updates  # seconds per update
         t0, num_updates = t1, 0
-        metrics = dict(iter=iter_num, loss=loss, lr=lr, grad_norm=grad_norm,
-                       tokens_per_s=tokens_per_iter / dt, time_ms=dt * 1000)
-        line = f"iter {iter_num}: loss {loss:.4f}, time {dt * 1000:.2f}ms"
+        tokens_per_s = tokens_per_iter / dt
         mfu = model.estimate_mfu(len(micro_steps) * batch_size, dt)
+        line = f"iter {iter_num}: loss {loss:.4f}, time {dt * 1000:.2f}ms"
         if not math.isnan(mfu):
-            metrics["mfu"] = mfu
             line += f", mfu {mfu:.2%}"
-        line += f", {tokens_per_iter / dt:,.0f} tokens/s"
-        if iter_num > first_iter and eval_seconds is not None:  # the first update is a slow one
-            evals_left = math.ceil(max_iters / eval_interval) - iter_num // eval_interval
-            eta = (max_iters - iter_num - 1) * dt + evals_left * eval_seconds
+        line += f", {tokens_per_s:,.0f} tokens/s"
+        if iter_num > first_iter:  # the first update is a slow one
+            eta = (max_iters - iter_num - 1) * (dt + eval_seconds / eval_interval)
             line += f", {datetime.timedelta(seconds=int(eta))} left"
         print(line)
-        log_metrics(**metrics)
+        log_metrics(iter=iter_num, loss=loss, lr=lr, grad_norm=grad_norm,
+                    tokens_per_s=tokens_per_s, time_ms=dt * 1000, mfu=mfu)
 
     # ---- the update: an error in here leaves weights that belong to no iteration ----
     updating = True
@@ -468,7 +467,8 @@ while True:
 
 exit_code = 0
 if not eval_only:
-    diverged = skipped_in_a_row == 25 or (last_step and not math.isfinite(losses["val"]))
+    last_loss_is_bad = last_step and not stopping and not math.isfinite(losses["val"])
+    diverged = skipped_in_a_row == 25 or last_loss_is_bad
     if skipped_in_a_row == 0 and not diverged and saved_iter != state["iter_num"]:
         save("last.pt")
     summary = f"time {datetime.timedelta(seconds=int(time.perf_counter() - start_time))}"
