@@ -21,11 +21,15 @@ TIMEOUT = datetime.timedelta(minutes=10)  # for a process that waits for the oth
 # Dense bfloat16 FLOP/s (float16 for V100 and T4). Data sheets often give the figure for 2:4 sparse
 # matrices, which is twice as high. The first key that the name of a GPU contains is used.
 PEAK_FLOPS = {
-    "GB200": 2500e12, "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12,
-    "H100 NVL": 835e12, "H100": 989e12, "H20": 148e12, "A100": 312e12, "A40": 150e12,
-    "A10": 125e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "V100": 125e12, "T4": 65e12,
-    "MI300X": 1307e12, "RTX PRO 6000": 504e12, "RTX 6000 Ada": 364e12, "RTX A6000": 155e12,
-    "RTX 5090": 210e12, "RTX 4090": 165e12, "RTX 4080": 97e12, "RTX 3090": 71e12,
+    "GB300": 2500e12, "B300": 2250e12, "GB200": 2500e12, "B200": 2250e12, "GH200": 989e12,
+    "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H800": 989e12,
+    "H20": 148e12, "A100": 312e12, "A800": 312e12, "A40": 150e12, "A10": 125e12, "L40S": 362e12,
+    "L40": 181e12, "L4": 121e12, "V100": 125e12, "T4": 65e12, "MI300X": 1307e12, "MI325X": 1307e12,
+    "MI350X": 2300e12, "MI355X": 2500e12, "RTX PRO 6000": 504e12, "RTX 6000 Ada": 364e12,
+    "RTX A6000": 155e12, "RTX 5090": 210e12, "RTX 5080": 113e12, "RTX 5070 Ti": 88e12,
+    "RTX 5070": 62e12, "RTX 4090": 165e12, "RTX 4080 SUPER": 104e12, "RTX 4080": 97e12,
+    "RTX 4070 Ti SUPER": 88e12, "RTX 4070 Ti": 80e12, "RTX 4070 SUPER": 71e12, "RTX 4070": 58e12,
+    "RTX 4060 Ti": 44e12, "RTX 4060": 30e12, "RTX 3090": 71e12,
 }
 
 # ---- processes ----
@@ -114,11 +118,11 @@ def wrap_ddp(model, dropout):
     return model
 
 
-def close(exit_code):
+def close(exit_code, device):
     """Ends a run on all processes."""
     if dist.is_initialized():
         # Wait until rank 0 has written: torchrun kills the others once one exits with an error.
-        dist.barrier()
+        dist.all_reduce(torch.zeros(1, device=device))
         dist.destroy_process_group()
         sys.stdout.flush()
         # note: while Python shuts down, threads of torch.distributed sometimes abort the process
@@ -204,6 +208,7 @@ def setup_device(device, dtype, compile, local_rank=0, deterministic=False):
     ('cuda:1', 'mps', 'cpu'), the name of the dtype, and whether to compile.
     """
     device = choose_device(device, local_rank)
+    check_kernels(device)
     device_type = device.split(":")[0]
     if dtype == "auto":
         dtype = "float16" if device_type == "cuda" else "float32"
@@ -252,6 +257,16 @@ def choose_device(device, local_rank):
                          "start fewer processes, or choose another --device")
     torch.cuda.set_device(index)
     return f"cuda:{index}"
+
+
+def check_kernels(device):
+    """Raises UserError for a GPU that this build of torch has no kernels for."""
+    try:
+        torch.zeros(1, device=device).add_(1)
+    except RuntimeError as error:
+        cause = str(error).split("\n")[0]
+        raise UserError(f"this build of torch cannot use {device!r} ({cause}): install one with "
+                        "kernels for this GPU, or use --device=cpu") from None
 
 
 def has_native_bfloat16(device_type):

@@ -50,6 +50,9 @@ check_ranges(config, "seed", 0, 2**63)
 # ---- model and tokenizer ----
 
 device, dtype, compile = setup_device(device, dtype, compile)
+if device == "mps" and torch.__version__ < (2, 12):  # pytorch issues 169222 and 181133
+    raise UserError("Apple's GPUs sample wrong text with this version of torch: install torch 2.12 "
+                    "or later, or use --device=cpu")
 torch.backends.cuda.enable_cudnn_sdp(False)  # on Hopper it compiles attention for each length
 model, checkpoint = load_model(init_from, out_dir)
 vocabulary = checkpoint or dict(itos=None, tokenizer=None)

@@ -497,4 +497,4 @@ if master_process and not eval_only:
         print(f"note: loss.png was not drawn: {error}")
     if wandb_log:
         wandb_run.finish(exit_code)
-runtime.close(exit_code)
+runtime.close(exit_code, device)

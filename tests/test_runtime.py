@@ -138,6 +138,7 @@ def test_bfloat16_is_used_where_it_is_native(monkeypatch, gpus, native):
         return native or including_emulation
     gpus(1)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
+    monkeypatch.setattr("runtime.check_kernels", lambda device: None)
     monkeypatch.setattr("runtime.compiler_works", lambda device: True)
     precision = torch.get_float32_matmul_precision()
     try:
