@@ -207,6 +207,8 @@ def setup_device(device, dtype, compile, local_rank=0, deterministic=False):
     Resolves the settings that may be 'auto', and sets torch's global switches. Returns the device
     ('cuda:1', 'mps', 'cpu'), the name of the dtype, and whether to compile.
     """
+    check_choice("dtype", dtype, ("auto", "float32", "bfloat16", "float16"))
+    check_choice("compile", compile, ("auto", True, False))
     device = choose_device(device, local_rank)
     check_kernels(device)
     device_type = device.split(":")[0]
@@ -214,8 +216,6 @@ def setup_device(device, dtype, compile, local_rank=0, deterministic=False):
         dtype = "float16" if device_type == "cuda" else "float32"
         if has_native_bfloat16(device_type):
             dtype = "bfloat16"
-    check_choice("dtype", dtype, ("float32", "bfloat16", "float16"))
-    check_choice("compile", compile, ("auto", True, False))
     if compile == "auto":
         compile = device_type == "cuda"
 
