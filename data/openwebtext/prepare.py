@@ -2,20 +2,23 @@
 OpenWebText (Gokaslan & Cohen 2019) in GPT-2's BPE, each document ended by <|endoftext|>.
 
     python data/openwebtext/prepare.py
-    python data/openwebtext/prepare.py --files='my/*.jsonl' --out_dir=data/my
+    python data/openwebtext/prepare.py --files='my/*.jsonl.gz' --out_dir=data/my
 
 0.05% of the 8,013,769 documents are held out for validation. train.bin has 9,035,582,198 tokens
 (18 GB), val.bin 4,434,897. Hugging Face's cache takes another 64 GB, which you can delete later.
 """
 
 import glob
+import io
+import itertools
+import json
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -23,53 +26,86 @@ sys.path.insert(0, str(HERE.parents[1]))
 
 import datasets
 import numpy as np
+import pyarrow
 from huggingface_hub import constants
+from pyarrow import parquet
 from tqdm import tqdm
 
-from configurator import UserError, configure
-from data.common import encode_gpt2, gpt2_bpe, replace_dataset
+from configurator import UserError, check_ranges, configure
+from data.common import GPT2, encode_documents, make_tokenizer, replace_dataset
 
-files = ''  # a path or glob: .json, .jsonl or .parquet with a 'text' field; each .txt is a document
+files = ''  # instead, a path or glob: .jsonl, .json or .parquet with a 'text' each, .txt; also .gz
 revision = 'b4325f019c648b1641a1784748667e8b74e5e064'  # commit of Skylion007/openwebtext
 num_proc = os.cpu_count()  # processes
 out_dir = str(HERE)  # where train.bin and val.bin go
 
 known_counts = {revision: {"documents": 8_013_769, "train": 9_035_582_198, "val": 4_434_897}}
-configure(globals())
+check_ranges(configure(globals()), "num_proc", 1)
 
-FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 CACHE = (f"{datasets.config.HF_DATASETS_CACHE}/Skylion007___openwebtext "
          f"and {constants.HF_HUB_CACHE}/datasets--Skylion007--openwebtext")
 BATCH = 200  # documents that a worker process tokenizes in one go
-main_process = os.getpid()
+
+
+def read_rows(path):
+    """Yields the documents of a local file: dicts that may have a 'text'."""
+    kind = Path(re.sub(r"\.(gz|bz2|zst)$", "", path)).suffix
+    if kind == ".parquet":
+        for batch in parquet.ParquetFile(path).iter_batches(columns=["text"]):
+            yield from batch.to_pylist()
+        return
+    with io.TextIOWrapper(pyarrow.input_stream(path, compression="detect"), "utf-8-sig") as file:
+        first = file.readline()
+        if kind == ".txt":
+            yield {"text": first + file.read()}
+        elif first.startswith("["):  # one list, on any number of lines
+            yield from json.loads(first + file.read())
+        else:
+            for line in itertools.chain([first], file):
+                if line.strip():
+                    yield json.loads(line)
+
+
+def read_documents(paths):
+    """Yields {'text': str or None} for the documents in local files."""
+    for path, _ in paths:
+        try:
+            for row in read_rows(path):
+                text = row.get("text")
+                if isinstance(text, str):  # JSON can have half of a surrogate pair
+                    text = text.encode(errors="replace").decode()
+                yield {"text": text}
+        except Exception as error:  # a damaged file can raise anything
+            raise UserError(f"{path!r}: {error}") from None
 
 
 def load_documents():
     """The documents as a datasets.Dataset with a column 'text'."""
-    source, options = "Skylion007/openwebtext", dict(revision=revision)
-    if files:
-        source, options = FORMATS.get(Path(files).suffix), dict(data_files=files)
-        if source is None:
-            raise UserError(f"files={files!r} must end in {', '.join(FORMATS)}")
-        if not any(os.path.isfile(path) for path in glob.glob(files, recursive=True)):
-            raise UserError(f"files={files!r} matches no file")
-    if source == "text":
-        options["sample_by"] = "document"
+    paths = [path for path in sorted(glob.glob(files, recursive=True)) if os.path.isfile(path)]
+    if files and not paths:
+        raise UserError(f"files={files!r} matches no file")
+    # In one process: worker processes of `datasets` can hang after a signal.
     try:
-        documents = datasets.load_dataset(source, split="train", num_proc=num_proc, **options)
-    except Exception as error:  # a damaged file can raise anything
-        while error.__cause__:
-            error = error.__cause__
+        if files:
+            features = datasets.Features(text=datasets.Value("large_string"))
+            # note: what comes from the cache has the same names and times
+            times = [(path, os.stat(path).st_mtime_ns) for path in paths]
+            documents = datasets.Dataset.from_generator(
+                read_documents, features, gen_kwargs={"paths": times})
+        else:
+            documents = datasets.load_dataset("Skylion007/openwebtext", revision=revision,
+                                              split="train")
+    except Exception as error:
+        cause = error.__cause__ or error
         hint = "" if files else f"; if a download is damaged, remove {CACHE}"
-        raise UserError(f"cannot load {files or source}: {type(error).__name__}: {error}{hint}"
-                         ) from None
+        raise UserError(f"cannot load the documents: {cause}{hint}") from None
     # note: if the hub fails, `datasets` falls back to any revision that its cache has
     if not files and revision not in str(documents.cache_files):
         raise UserError(f"cannot get commit {revision} from the hub, and the cache has another "
-                         "one: try again later")
-    if "text" not in documents.column_names or len(documents) < 2:
-        raise UserError(f"{files or source} has {len(documents)} documents with the columns "
-                         f"{documents.column_names}: two or more with a column 'text' are needed")
+                        "one: try again later")
+    num_texts = len(documents) - documents.data.column("text").null_count
+    if num_texts < 2:
+        raise UserError(f"two or more documents with a column 'text' are needed, not {num_texts}")
     return documents
 
 
@@ -77,13 +113,14 @@ def check_count(name, count):
     """Compares a count with what the pinned commit is known to have."""
     if not files and revision in known_counts and count != known_counts[revision][name]:
         raise UserError(f"{name}: {count:,} instead of {known_counts[revision][name]:,}; a "
-                         f"download is damaged: remove {CACHE} and try again")
+                        f"download is damaged: remove {CACHE} and try again")
 
 
 def start_worker(split):
     """Runs first in each worker process: keeps the documents, and ends with the parent process."""
-    global worker_documents
+    global worker_documents, encode, end_token
     worker_documents = split
+    encode, _, _, end_token = make_tokenizer(GPT2, 50257)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -94,53 +131,41 @@ def start_worker(split):
 
 
 def tokenize(start):
-    """The token ids of a batch of documents, each ended by end-of-text: uint16, (tokens,)."""
-    bpe = gpt2_bpe()
-    ids = []
-    for text in worker_documents[start:start + BATCH]["text"]:
-        ids.append(encode_gpt2(bpe, text or ""))
-        ids.append(np.array([bpe.eot_token], dtype="<u2"))
-    return np.concatenate(ids)
-
-
-def tokenize_in_parallel(split):
-    """Yields the token ids of a split's batches, in order."""
-    with ProcessPoolExecutor(num_proc, initializer=start_worker, initargs=(split,)) as executor:
-        yield from executor.map(tokenize, range(0, len(split), BATCH))
+    """The token ids of a batch of documents, uint16, and the documents that are skipped."""
+    documents = worker_documents[start:start + BATCH]["text"]
+    # In OpenWebText itself <|endoftext|> is ordinary text.
+    encoded, skipped = encode_documents(documents, encode, end_token, special_tokens=bool(files))
+    return np.concatenate([np.empty(0, "<u2"), *(ids for _, ids in encoded)]), skipped
 
 
 def on_signal(number, frame):
     """Ends the run in one line; temporary files are removed on the way out."""
-    if os.getpid() != main_process:  # a worker process of `datasets`
-        os._exit(128 + number)
     print("stopped; downloads are kept for the next run", file=sys.stderr)
     sys.exit(128 + number)
 
 
 if __name__ == "__main__":  # worker processes may import this file
-    if num_proc < 1:
-        raise UserError(f"num_proc={num_proc} must be at least 1")
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-
-    gpt2_bpe()  # fetched once, before the worker processes need it
+    make_tokenizer(GPT2, 50257)  # fetched once, before the worker processes need it
     documents = load_documents()
     check_count("documents", len(documents))
     splits = documents.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
-
+    all_skipped = []
     with replace_dataset(out_dir) as tmp_folder:
         for name, split in (("val", splits["test"]), ("train", splits["train"])):
-            path = os.path.join(tmp_folder, f"{name}.bin")
+            path = tmp_folder / f"{name}.bin"
             bar = tqdm(total=len(split), desc=f"{name}.bin", unit="documents", disable=None)
-            try:
-                with open(path, "wb") as file, bar:
-                    for ids in tokenize_in_parallel(split):
-                        file.write(ids)
-                        bar.update(BATCH)
-            except (BrokenProcessPool, ValueError) as error:  # of a worker process
-                raise UserError(f"cannot tokenize {name}.bin: {error}") from None
-            tokens = os.path.getsize(path) // 2
-            check_count(name, tokens)
-            print(f"{name}.bin {tokens:,} tokens")
+            workers = ProcessPoolExecutor(num_proc, initializer=start_worker, initargs=(split,))
+            with workers, bar, open(path, "wb") as file:
+                for ids, skipped in workers.map(tokenize, range(0, len(split), BATCH)):
+                    file.write(ids)
+                    all_skipped += skipped
+                    bar.update(BATCH)
+            num_tokens = os.path.getsize(path) // 2
+            check_count(name, num_tokens)
+            print(f"{name}.bin {num_tokens:,} tokens")
+    if all_skipped:
+        print(f"skipped {len(all_skipped)} that cannot be encoded, such as {all_skipped[0]!r}")

@@ -6,95 +6,68 @@ Your own text as a data set: UTF-8 files, and folders of them.
     python train.py config/train_shakespeare_char_cpu.py --dataset=text --out_dir=out-text
 
 Files are read in the order given, and those of a folder in sorted order. Hidden files in folders,
-and those that are not UTF-8 text, are skipped. With GPT-2's BPE each file ends with <|endoftext|>.
+and those that are not UTF-8 text, are skipped. With GPT-2's BPE each file ends with
+<|endoftext|>, which may also separate the texts in a file.
 """
 
-import os
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-import numpy as np
 from tqdm import tqdm
 
-from configurator import UserError, configure
-from data.common import encode_gpt2, gpt2_bpe, replace_dataset, write_characters
+from configurator import UserError, check_choice, check_ranges, configure
+from data.common import DATASET_FILES, END_OF_TEXT, GPT2, characters_of, write_text
 
 tokens = 'characters'  # or 'gpt2': GPT-2's BPE
-val_frac = 0.1  # fraction of the tokens, at the end, held out for validation
+val_frac = 0.1  # fraction of the characters, at the end, held out for validation
 out_dir = str(HERE)  # where train.bin and val.bin go
 
 paths = []  # from the command line
-configure(globals(), paths=paths)
+config = configure(globals(), paths=paths)
+check_choice("tokens", tokens, ("characters", "gpt2"))
+check_ranges(config, "val_frac", 1e-6, 1 - 1e-6)
 
 
-def files_in(folder):
-    """The files in a folder and below, sorted; without hidden ones and those of data sets."""
+def find_files(path):
+    """The files that a path stands for: in a folder all but hidden ones and data sets."""
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"{str(path)!r} is neither a file nor a folder; check the path")
     files = []
-    for path in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.is_file() and not hidden and path.suffix not in (".bin", ".pkl"):
-            files.append(path)
+    for inner in sorted(path.rglob("*")):
+        hidden = any(part.startswith(".") for part in inner.relative_to(path).parts)
+        if inner.is_file() and not hidden and inner.name not in DATASET_FILES:
+            files.append(inner)
     return files
 
 
-if tokens not in ("characters", "gpt2"):
-    raise UserError(f"tokens={tokens!r} must be 'characters' or 'gpt2'")
-if not 0 < val_frac < 1:
-    raise UserError(f"val_frac={val_frac} must be between 0 and 1")
 if not paths:
     raise UserError("no text given; name files or folders: python data/text/prepare.py my.txt")
 
 given = [Path(path) for path in paths]
-files = []
-for path in given:
-    if path.is_dir():
-        files += files_in(path)
-    elif path.is_file():
-        files.append(path)
+texts = []
+num_skipped = 0
+for path in tqdm(sum(map(find_files, given), []), disable=None):
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" not in text:
+        texts.append(text)
+    elif path in given:
+        raise UserError(f"{str(path)!r} is not UTF-8 text; convert it or leave it out")
     else:
-        raise UserError(f"{str(path)!r} is neither a file nor a folder; check the path")
-
-
-def read_texts():
-    """Yields (path, text) of the files that are UTF-8."""
-    skipped = 0
-    for path in tqdm(files, disable=None):
-        try:
-            yield path, path.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError:
-            if path in given:
-                raise UserError(f"{str(path)!r} is not UTF-8 text; convert it or leave it out"
-                                 ) from None
-            skipped += 1
-    if skipped > 0:
-        print(f"skipped {skipped} files that are not UTF-8 text")
-
+        num_skipped += 1
+if num_skipped > 0:
+    print(f"skipped {num_skipped} files that are not UTF-8 text")
 
 if tokens == "characters":
-    text = "\n".join(text for _, text in read_texts())
-    print(write_characters(out_dir, text, val_frac))
-    sys.exit()
-
-bpe = gpt2_bpe()
-end_of_text = np.array([bpe.eot_token], dtype="<u2")
-with replace_dataset(out_dir) as tmp_folder:
-    train_tmp = os.path.join(tmp_folder, "train.bin")
-    with open(train_tmp, "wb") as file:
-        for path, text in read_texts():
-            try:
-                file.write(encode_gpt2(bpe, text))
-            except ValueError as error:
-                raise UserError(f"{str(path)!r}: {error}; leave it out") from None
-            file.write(end_of_text)
-        total = file.tell() // 2
-    val_tokens = max(1, int(total * val_frac))
-    train_tokens = total - val_tokens
-    if train_tokens < 1:
-        raise UserError(f"cannot split {total} tokens with val_frac={val_frac}; use more text")
-    val_ids = np.memmap(train_tmp, dtype="<u2", mode="r")[train_tokens:]
-    val_ids.tofile(os.path.join(tmp_folder, "val.bin"))
-    os.truncate(train_tmp, 2 * train_tokens)
-print(f"train.bin {train_tokens:,} tokens, val.bin {val_tokens:,}")
+    text = "\n".join(texts)
+    print(write_text(out_dir, [text], characters_of(text), val_frac))
+else:
+    documents = [document for text in texts for document in text.split(END_OF_TEXT)]
+    print(write_text(out_dir, documents, GPT2, val_frac))
