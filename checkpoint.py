@@ -84,34 +84,27 @@ def load_checkpoint(path):
         raise UserError(f"cannot use the checkpoint {path!r}: {cause}") from None
 
 
-def newest_checkpoint(out_dir, required=False):
-    """The later of ckpt.pt and last.pt, or the other if it is damaged. None without either."""
-    paths = find_checkpoints(out_dir, required)
-    paths.sort(key=read_iter_num)  # on a tie ckpt.pt comes last: an evaluation wrote it afterwards
+def read_checkpoint(out_dir, best=False, required=False):
+    """
+    The checkpoint in a folder to resume from, the later one of ckpt.pt and last.pt, or with `best`
+    the one to sample from, ckpt.pt if there is one. If it is damaged, the other one. Without
+    either, None, or a UserError if it is `required`.
+    """
+    paths = [os.path.join(out_dir, name) for name in ("last.pt", "ckpt.pt")]
+    paths = [path for path in paths if os.path.exists(path)]
+    if required and not paths:
+        raise UserError(f"there is no ckpt.pt in out_dir={out_dir!r}: train first, name another "
+                        "--out_dir, or choose another --init_from")
+    if not best:
+        paths.sort(key=read_iter_num)  # on a tie ckpt.pt stays last: it was written later
     while paths:
         try:
             return load_checkpoint(paths.pop())
         except UserError as error:
             if not paths:
                 raise
-            print(f"note: {error}; resuming from {paths[0]!r} instead")
+            print(f"note: {error}; using {paths[0]!r} instead")
     return None
-
-
-def best_checkpoint(out_dir, required=False):
-    """The checkpoint to sample from: ckpt.pt, else last.pt. None without either."""
-    paths = find_checkpoints(out_dir, required)
-    return load_checkpoint(paths[-1]) if paths else None
-
-
-def find_checkpoints(out_dir, required):
-    """The paths of last.pt and ckpt.pt, as far as they exist. UserError: `required`, and none."""
-    paths = [os.path.join(out_dir, name) for name in ("last.pt", "ckpt.pt")]
-    paths = [path for path in paths if os.path.exists(path)]
-    if required and not paths:
-        raise UserError(f"there is no ckpt.pt in out_dir={out_dir!r}: train first, name another "
-                        "--out_dir, or choose another --init_from")
-    return paths
 
 
 def read_iter_num(path):
@@ -174,26 +167,19 @@ def load_optimizer(optimizer, saved):
     try:
         for group, saved_group in zip(own["param_groups"], saved["param_groups"], strict=True):
             group["params"] = saved_group["params"]  # torch compares their number
-        states = {i: copy_tensors(values) for i, values in saved["state"].items()}
-        optimizer.load_state_dict(dict(own, state=states))
-        for group in optimizer.param_groups:
-            for p in group["params"] if group.get("fused") else []:
-                for key, value in optimizer.state.get(p, {}).items():
-                    # a fused kernel would write past the end
-                    if key != "step" and value is not None and value.shape != p.shape:
-                        raise ValueError(f"{key} has shape {list(value.shape)}")
+        optimizer.load_state_dict(dict(own, state=saved["state"]))
+        for p, values in optimizer.state.items():
+            for key, value in values.items():
+                if not isinstance(value, torch.Tensor):
+                    continue
+                # Fused kernels write as if a state was contiguous and had the shape of p, and a
+                # file may say otherwise.
+                values[key] = value.clone(memory_format=torch.contiguous_format)
+                if optimizer.defaults.get("fused") and key != "step" and value.shape != p.shape:
+                    raise ValueError(f"{key} has shape {list(value.shape)}")
     except Exception as error:  # of another optimizer, or made by hand
         raise UserError(f"the optimizer state of the checkpoint does not fit ({error!r}): resume "
                         "with the optimizer that it was made with, or start anew") from None
-
-
-def copy_tensors(values):
-    """`values` with contiguous copies of its tensors: the strides in a file cannot be trusted."""
-    copies = dict(values)
-    for key, value in values.items():
-        if isinstance(value, torch.Tensor):
-            copies[key] = value.clone(memory_format=torch.contiguous_format)
-    return copies
 
 
 # ---- the folder of a run ----
@@ -233,16 +219,10 @@ def trim_log(path, columns, iter_num):
 HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 TRANSPOSED = ("c_attn", "c_proj", "c_fc")  # weights are (in, out) there, (out, in) here
 
-# what config.json may say, its default first; anything else is another architecture
-OPENAI_ARCHITECTURE = {
-    "model_type": ["gpt2"],
-    "activation_function": ["gelu_new", "gelu_pytorch_tanh"],
-    "layer_norm_epsilon": [1e-5],
-    "scale_attn_weights": [True],
-    "scale_attn_by_inverse_layer_idx": [False],
-    "add_cross_attention": [False],
-    "tie_word_embeddings": [True],
-}
+ARCHITECTURE = dict(  # what is the same in all of OpenAI's config.json
+    model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5, n_inner=None,
+    scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False,
+    tie_word_embeddings=True)
 
 
 def read_huggingface(source):
@@ -276,10 +256,13 @@ def read_huggingface(source):
 
 def read_model_args(config):
     n_embd = config.get("n_embd", 768)
-    for key, allowed in (OPENAI_ARCHITECTURE | {"n_inner": [None, 4 * n_embd]}).items():
-        value = config.get(key, allowed[0])
-        if value not in allowed:
-            raise ValueError(f"not OpenAI's architecture: {key} is {value!r}, not {allowed[0]!r}")
+    if config.get("n_inner") == 4 * n_embd:
+        config["n_inner"] = None
+    if config.get("activation_function") == "gelu_pytorch_tanh":
+        config["activation_function"] = "gelu_new"  # another name
+    for key, value in ARCHITECTURE.items():
+        if config.get(key, value) != value:
+            raise ValueError(f"not OpenAI's architecture: {key} is {config[key]!r}, not {value!r}")
     return dict(n_layer=config.get("n_layer", 12), n_head=config.get("n_head", 12), n_embd=n_embd,
                 block_size=config.get("n_positions", 1024), bias=True,
                 vocab_size=config.get("vocab_size", GPT2_VOCAB_SIZE), dropout=0.0)
@@ -312,11 +295,10 @@ def write_huggingface(model_args, weights, folder):
     found = {name.removesuffix(".weight"): tuple(tensor.shape) for name, tensor in weights.items()
              if not name.endswith(".bias")}
     different = dict(found.items() ^ shapes.items()).keys()
-    if not different and not torch.equal(weights["lm_head.weight"],
-                                         weights["transformer.wte.weight"]):
-        different = ["lm_head (not tied to transformer.wte)"]
     if different:
         raise UserError(f"only a GPT-2 can be exported; what differs is {', '.join(different)}")
+    if not torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"]):
+        raise UserError("only a GPT-2 can be exported; lm_head is not tied to transformer.wte")
 
     vocab_size = min(V, GPT2_VOCAB_SIZE)
     tensors = {}
@@ -335,10 +317,9 @@ def write_huggingface(model_args, weights, folder):
     special = dict(bos_token_id=end_token, eos_token_id=end_token)
     dropout = model_args["dropout"]
     config = dict(
-        architectures=["GPT2LMHeadModel"], model_type="gpt2", activation_function="gelu_new",
-        vocab_size=vocab_size, n_positions=T, n_ctx=T, n_embd=C, n_layer=model_args["n_layer"],
-        n_head=model_args["n_head"], layer_norm_epsilon=1e-5, attn_pdrop=dropout,
-        embd_pdrop=dropout, resid_pdrop=dropout, tie_word_embeddings=True, dtype="float32",
+        ARCHITECTURE, architectures=["GPT2LMHeadModel"], dtype="float32", vocab_size=vocab_size,
+        n_positions=T, n_ctx=T, n_embd=C, n_layer=model_args["n_layer"],
+        n_head=model_args["n_head"], attn_pdrop=dropout, embd_pdrop=dropout, resid_pdrop=dropout,
         **special)
     generation_config = dict(special)
     if T <= 512:  # transformers' pipeline adds 256 tokens by default

@@ -54,7 +54,7 @@ def configure(settings, paths=None):
     config = dict(defaults)
     for argument in sys.argv[1:]:
         if argument in ("--help", "-h"):
-            print(help_text(settings, defaults))
+            print(help_text(settings))
             sys.exit()
         if argument.startswith("--") and "=" in argument:
             key, text = argument[2:].split("=", 1)
@@ -172,19 +172,14 @@ def restore_settings(config, checkpoint, of_this_machine):
         config[key] = check_type(key, old_value, config[key])
 
 
-def help_text(settings, defaults):
-    """The script's docstring, then each setting with its default and its comment in the source."""
-    lines = [settings["__doc__"].strip(), "", "settings (--key=value):"]
+def help_text(settings):
+    """The script's docstring, then its settings as the source has them, with their comments."""
     with tokenize.open(settings["__file__"]) as file:
-        block = file.read().split("configure(globals()")[0].split("\nimport ")[-1]
-    for line in block.splitlines():
-        name, _, comment = line.partition("  # ")
-        name = name.split(" =")[0]
-        if name in defaults:
-            option = f"{name}={defaults[name]!r}"
-            lines.append(f"  --{option:<36} {comment}".rstrip())
-        elif line.startswith("#"):  # what the next settings are about
-            lines.append(line)
+        source = file.read().split("configure(globals()")[0]
+    pattern = r"^(?:(\w+) = (.+)|# .+)$"  # a setting, or what the next ones are about
+    lines = [settings["__doc__"].strip(), "", "settings (--key=value):"]
+    for match in re.finditer(pattern, source, re.MULTILINE):
+        lines.append(f"  --{match[1]}={match[2]}" if match[1] else match[0])
     return "\n".join(lines)
 
 
@@ -199,20 +194,19 @@ def excepthook(kind, error, trace):
     in one line, anything else with its traceback.
     """
     message = " ".join(str(error).split())
+    text = "".join(traceback.format_exception(kind, error, trace)).strip()
     files = [frame.filename for frame in traceback.extract_tb(trace)]
     in_config_file = any(file in config_files for file in files)  # its traceback names the line
     names_file = isinstance(error, OSError) and error.filename is not None and not in_config_file
     peer_lost = re.search("^Dist|gloo|NCCL|Connection|Broken pipe", f"{kind.__name__} {message}")
-    text = "".join(traceback.format_exception(kind, error, trace)).strip()
-    if kind is KeyboardInterrupt:
+    if kind in (KeyboardInterrupt, BrokenPipeError):
         text = "stopped"
     elif isinstance(error, UserError) or names_file:
         text = f"error: {message}"
     elif isinstance(error, MemoryError) or "tried to allocate" in message.lower():
         text = f"error: out of memory; try a smaller batch_size, num_samples or model ({message})"
     elif peer_lost and isinstance(error, RuntimeError) and "RANK" in os.environ:
-        rank = os.environ["RANK"]
-        text = f"error: process {rank} cannot reach the others; see their errors ({message})"
+        text = f"error: cannot reach the other processes; see their errors ({message})"
     print(printable(text), file=sys.stderr)
 
 

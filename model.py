@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch.nn.utils import skip_init
 from torch.utils.checkpoint import checkpoint as recompute
 
-from checkpoint import best_checkpoint, build_model, read_huggingface, write_huggingface
+from checkpoint import build_model, read_checkpoint, read_huggingface, write_huggingface
 from configurator import UserError, check_ranges
 from muon import Muon
 from runtime import peak_flops
@@ -331,7 +331,8 @@ def load_model(init_from, out_dir, **override_args):
     'resume', or in the folder `init_from`. (pretrained model, None) for what is no run.
     """
     is_resumed = init_from == "resume"
-    checkpoint = best_checkpoint(out_dir if is_resumed else init_from, required=is_resumed)
+    folder = out_dir if is_resumed else init_from
+    checkpoint = read_checkpoint(folder, best=True, required=is_resumed)
     if checkpoint:
         model_args = checkpoint["model_args"] | override_args
         return GPT.from_state(model_args, checkpoint["model"]).eval(), checkpoint

@@ -42,16 +42,19 @@ def process_ranks():
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
         return 0, 0, 1
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")
-    with contextlib.suppress(KeyError, ValueError):
-        rank, local_rank, world_size, _ = (int(os.environ[name]) for name in names[:4])
-        if 0 <= rank < world_size and os.environ["MASTER_ADDR"] != "":
-            if rank > 0:
-                sys.stdout = open(os.devnull, "w")
-                warnings.simplefilter("ignore")
-            return rank, local_rank, world_size
     found = ", ".join(f"{name}={os.environ.get(name, '(not set)')}" for name in names)
-    raise UserError(f"these do not describe a process group: {found}; launch with torchrun, or "
-                    "unset RANK and WORLD_SIZE to run a single process")
+    try:
+        rank, local_rank, world_size, _ = (int(os.environ[name]) for name in names[:4])
+        is_complete = 0 <= rank < world_size and os.environ["MASTER_ADDR"] != ""
+    except (KeyError, ValueError):
+        is_complete = False
+    if not is_complete:
+        raise UserError(f"these do not describe a process group: {found}; launch with torchrun, or "
+                        "unset RANK and WORLD_SIZE to run a single process")
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")
+        warnings.simplefilter("ignore")
+    return rank, local_rank, world_size
 
 
 def init_processes(rank, world_size, backend, device_type):
@@ -210,7 +213,7 @@ def setup_device(device, dtype, compile, local_rank=0, deterministic=False):
     check_choice("dtype", dtype, ("auto", "float32", "bfloat16", "float16"))
     check_choice("compile", compile, ("auto", True, False))
     device = choose_device(device, local_rank)
-    check_kernels(device)
+    check_device(device)
     device_type = device.split(":")[0]
     if dtype == "auto":
         dtype = "float16" if device_type == "cuda" else "float32"
@@ -234,39 +237,33 @@ def setup_device(device, dtype, compile, local_rank=0, deterministic=False):
 
 
 def choose_device(device, local_rank):
-    has_mps = torch.backends.mps.is_available() and "RANK" not in os.environ  # one process only
+    """'cuda:1', 'mps', 'cpu' or whatever else torch knows; the GPU of this process."""
     if device == "auto":
-        device = "mps" if has_mps else "cpu"
+        device = "cpu"
         if torch.cuda.is_available():
             device = "cuda"
-    if not re.fullmatch(r"cuda(:\d+)?|mps|cpu", str(device)):
-        raise UserError(f"device={device!r} is none of 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
-    if device == "mps" and not has_mps:
-        raise UserError("device='mps' needs an Apple GPU and a single process: use --device=cpu")
-    if not device.startswith("cuda"):
-        return device
-    if not torch.cuda.is_available():
-        raise UserError(f"device={device!r}, but torch finds no CUDA GPU: use --device=cpu, or "
-                         "install a CUDA build of torch")
-    num_gpus = torch.cuda.device_count()
-    index = int(device.partition(":")[2] or 0)
-    if "LOCAL_RANK" in os.environ and num_gpus > 1:  # a scheduler may show each process one GPU
-        index = local_rank
-    if index >= num_gpus:
-        raise UserError(f"there is no cuda:{index} among the {num_gpus} GPUs of this machine: "
-                         "start fewer processes, or choose another --device")
-    torch.cuda.set_device(index)
-    return f"cuda:{index}"
+        elif torch.backends.mps.is_available() and "RANK" not in os.environ:  # one process only
+            device = "mps"
+    if str(device).startswith("cuda"):
+        several_gpus = torch.cuda.device_count() > 1  # a scheduler may show each process one GPU
+        if "LOCAL_RANK" in os.environ and several_gpus:
+            device = f"cuda:{local_rank}"
+        elif device == "cuda":
+            device = "cuda:0"
+    return device
 
 
-def check_kernels(device):
-    """Raises UserError for a GPU that this build of torch has no kernels for."""
+def check_device(device):
+    """Raises UserError for a device that torch does not know, find or have kernels for."""
     try:
         torch.zeros(1, device=device).add_(1)
-    except RuntimeError as error:
-        cause = str(error).split("\n")[0]
-        raise UserError(f"this build of torch cannot use {device!r} ({cause}): install one with "
-                        "kernels for this GPU, or use --device=cpu") from None
+        if device.startswith("cuda"):
+            torch.cuda.set_device(device)
+    except Exception as error:  # of many kinds
+        cause = str(error).split("\n")[0][:200]
+        raise UserError(f"torch cannot use device={device!r} here; choose another --device, such as "
+                        f"cpu, start fewer processes, or install another build of torch ({cause})"
+                        ) from None
 
 
 def has_native_bfloat16(device_type):

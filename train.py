@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 import runtime
-from checkpoint import back_up, newest_checkpoint, restore, save_checkpoint, trim_log
+from checkpoint import back_up, read_checkpoint, restore, save_checkpoint, trim_log
 from configurator import UserError, check_choice, check_ranges, configure, restore_settings
 from data import common
 from model import GPT, GPTConfig, load_model
@@ -91,7 +91,7 @@ if master_process and not eval_only:
 
 checkpoint = None
 if init_from in ("resume", "auto"):
-    checkpoint = newest_checkpoint(out_dir, required=init_from == "resume")
+    checkpoint = read_checkpoint(out_dir, required=init_from == "resume")
 if checkpoint:
     # Given settings win, the others come from the checkpoint, except these.
     of_this_machine = ("out_dir", "init_from", "eval_only", "device", "compile", "backend")
