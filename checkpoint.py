@@ -239,7 +239,9 @@ def read_huggingface(source):
         with open(find_file(source, "config.json"), encoding="utf-8") as file:
             model_args = read_model_args(json.load(file))
         paths = glob.glob(os.path.join(glob.escape(source), "model-*-of-*.safetensors"))
-        for path in paths or [find_file(source, "model.safetensors")]:
+        if not paths or os.path.exists(os.path.join(source, "model.safetensors")):
+            paths = [find_file(source, "model.safetensors")]
+        for path in paths:
             for name, tensor in load_file(path).items():
                 name = "transformer." + name.removeprefix("transformer.")
                 is_mask = name.endswith((".attn.bias", ".attn.masked_bias"))

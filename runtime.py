@@ -261,9 +261,9 @@ def check_device(device):
             torch.cuda.set_device(device)
     except Exception as error:  # of many kinds
         cause = str(error).split("\n")[0][:200]
-        raise UserError(f"torch cannot use device={device!r} here; choose another --device, such as "
-                        f"cpu, start fewer processes, or install another build of torch ({cause})"
-                        ) from None
+        raise UserError(f"torch cannot use device={device!r} here; choose another --device, such "
+                        "as cpu, start fewer processes, or install another build of torch "
+                        f"({cause})") from None
 
 
 def has_native_bfloat16(device_type):
