@@ -127,6 +127,8 @@ data_fingerprint = common.fingerprint(dataset)
 num_eval_sequences = eval_iters * batch_size  # of each split
 if eval_iters == 0:
     num_eval_sequences = (min(num_tokens.values()) - 1) // block_size
+    num_targets = num_eval_sequences * block_size
+    bytes_per_token = common.bytes_per_token(vocabulary, token_files["val"], num_targets)
 micro_steps = range(rank, gradient_accumulation_steps, world_size)  # those of this process
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 
@@ -374,6 +376,9 @@ while True:
         if stopping:  # the evaluation is repeated on resume
             break
         line = f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}"
+        if eval_iters == 0 and bytes_per_token:
+            bits_per_byte = losses["val"] / math.log(2) / bytes_per_token
+            line += f", {bits_per_byte:.4f} bits per byte"
         if eval_only:
             print(line)
             break
