@@ -2,18 +2,24 @@
 What the data sets share: token files, their vocabulary and the tokenizers.
 
 A data set is a folder with train.bin and val.bin: raw little-endian uint16 token ids. They are
-GPT-2's, unless there is a meta.pkl with `vocab_size` and, for characters, `itos` {id: character}.
+GPT-2's, unless there is a tokenizer.json (of Hugging Face's `tokenizers`), or a meta.pkl with
+`vocab_size` and, for characters, `itos` {id: character}.
+
+A vocabulary is a dict of plain types: `vocab_size`; `itos`, which is {} if the tokenizer is unknown
+and None for other tokens than characters; `tokenizer`, the text of tokenizer.json or None.
 """
 
 import atexit
 import bisect
 import contextlib
+import functools
 import hashlib
 import json
 import math
 import operator
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -27,10 +33,10 @@ from tqdm import tqdm
 from configurator import UserError
 
 DATA = Path(__file__).resolve().parent
-# In the order in which they get their names: without meta.pkl the ids would be taken for GPT-2's.
-DATASET_FILES = ("meta.pkl", "val.bin", "train.bin")
+# In the order in which they get their names: ids without a vocabulary would be taken for GPT-2's.
+DATASET_FILES = ("meta.pkl", "tokenizer.json", "val.bin", "train.bin")
 END_OF_TEXT = "<|endoftext|>"
-GPT2 = dict(vocab_size=50257, itos=None, tokenizer=None)  # as of `read_vocabulary`
+GPT2 = dict(vocab_size=50257, itos=None, tokenizer=None)
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 
 # ---- writing ----
@@ -68,28 +74,38 @@ def replace_dataset(folder):
     removed before the first new one gets its name: a killed process never leaves a mix of both.
     """
     folder = Path(folder)
-    tmp_folder = folder / ".tmp"
     with lock_folder(folder):
-        shutil.rmtree(tmp_folder, ignore_errors=True)  # of a process that was killed
-        tmp_folder.mkdir()
-        try:
-            yield tmp_folder
+        for leftover in folder.glob("*.tmp"):  # of a process that was killed
+            shutil.rmtree(leftover)
+        with tempfile.TemporaryDirectory(".tmp", dir=folder) as tmp_folder:
+            yield Path(tmp_folder)
             for name in reversed(DATASET_FILES):
                 (folder / name).unlink(missing_ok=True)
             for name in DATASET_FILES:
-                if (tmp_folder / name).exists():
-                    (tmp_folder / name).rename(folder / name)
-        finally:
-            shutil.rmtree(tmp_folder)
+                if Path(tmp_folder, name).exists():
+                    Path(tmp_folder, name).rename(folder / name)
 
 
-def encode_documents(documents, encode, end_token, special_tokens=True):
+def write_vocabulary(folder, vocabulary):
+    """Writes meta.pkl or tokenizer.json, unless the tokens are GPT-2's."""
+    itos, tokenizer = vocabulary["itos"], vocabulary["tokenizer"]
+    if itos:
+        stoi = {character: i for i, character in itos.items()}
+        meta = dict(vocab_size=len(itos), itos=itos, stoi=stoi)
+        Path(folder, "meta.pkl").write_bytes(pickle.dumps(meta))
+    if tokenizer:
+        Path(folder, "tokenizer.json").write_text(tokenizer, encoding="utf-8")
+
+
+def encode_documents(documents, encode, end_token):
     """[(document, uint16 ids ended by end-of-text)], and what the tokenizer cannot encode."""
     encoded, skipped = [], []
     for document in documents:
         try:
-            ids = encode(document, special_tokens)
-        except UserError:
+            ids = encode(document)
+        except BaseException as error:  # note: tiktoken's PanicException is no Exception
+            if isinstance(error, (UserError, KeyboardInterrupt, SystemExit, MemoryError)):
+                raise
             skipped.append(str(document)[:40])
             continue
         if end_token is not None:
@@ -110,36 +126,26 @@ def write_text(folder, documents, vocabulary, val_frac=0.1, end_of_text=True):
     encoded, skipped = encode_documents(
         tqdm(documents, disable=None), encode, end_token if end_of_text else None)
     left = int(sum(len(document) for document, _ in encoded) * (1 - val_frac))  # characters
-    train, val = [np.empty(0, "<u2")], [np.empty(0, "<u2")]
+    cut = 0  # tokens in train.bin
     for document, ids in encoded:
-        cut = len(ids)
         if left < len(document):
-            cut = count_tokens(ids.tolist(), decode, left)
-        train.append(ids[:cut])
-        val.append(ids[cut:])
+            cut += left if vocabulary["itos"] else count_tokens(ids.tolist(), decode, left)
+            break
         left -= len(document)
-    splits = dict(train=np.concatenate(train), val=np.concatenate(val))
-    summary = ", ".join(f"{name}.bin {len(ids):,} tokens" for name, ids in splits.items())
+        cut += len(ids)
+    ids = np.concatenate([np.empty(0, "<u2"), *(ids for _, ids in encoded)])
+    summary = f"train.bin {cut:,} tokens, val.bin {len(ids) - cut:,}"
     if skipped:
         summary += f"; skipped {len(skipped)} that cannot be encoded, such as {skipped[0]!r}"
-    if min(map(len, splits.values())) == 0:
+    if not 0 < cut < len(ids):
         raise UserError(f"too little text: {summary}")
+    if vocabulary["itos"]:
+        summary = f"{len(vocabulary['itos'])} characters; {summary}"
     with replace_dataset(folder) as tmp_folder:
-        for name, ids in splits.items():
-            ids.tofile(tmp_folder / f"{name}.bin")
-        if vocabulary["itos"]:
-            itos = vocabulary["itos"]
-            stoi = {character: i for i, character in itos.items()}
-            meta = dict(vocab_size=len(itos), itos=itos, stoi=stoi)
-            (tmp_folder / "meta.pkl").write_bytes(pickle.dumps(meta))
-            summary = f"{len(itos)} characters; {summary}"
+        ids[:cut].tofile(tmp_folder / "train.bin")
+        ids[cut:].tofile(tmp_folder / "val.bin")
+        write_vocabulary(tmp_folder, vocabulary)
     return summary
-
-
-def characters_of(text):
-    """The vocabulary of a text by characters, as of `read_vocabulary`."""
-    itos = dict(enumerate(sorted(set(text) or {"\n"})))
-    return dict(vocab_size=len(itos), itos=itos, tokenizer=None)
 
 
 # ---- reading ----
@@ -183,6 +189,27 @@ def open_tokens(dataset, split, block_size):
     return file, size // 2
 
 
+def fingerprint(dataset):
+    """What tells data sets apart: numbers of tokens, hashes of the vocabulary and of a sample."""
+    folder = dataset_folder(dataset)
+    result, sample = {"meta_sha256": ""}, hashlib.sha256()
+    for split in ("train", "val"):
+        size = os.path.getsize(folder / f"{split}.bin")
+        result[f"{split}_tokens"] = size // 2
+        with open(folder / f"{split}.bin", "rb", buffering=0) as file:
+            # up to 1,024 pages of 4,096 bytes
+            for position in range(0, size, 4096 * math.ceil(size / 4096 / 1024)):
+                file.seek(position)
+                sample.update(file.read(4096))
+    for path in (folder / "meta.pkl", folder / "tokenizer.json"):
+        if path.exists():
+            result["meta_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return result | {"sample_sha256": sample.hexdigest()}
+
+
+# ---- vocabularies ----
+
+
 class PlainUnpickler(pickle.Unpickler):
     """Unpickles containers, strings and numbers only: a stranger's file must not run code."""
 
@@ -194,22 +221,69 @@ class PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not plain data")
 
 
-def read_vocabulary(dataset):
-    """
-    What the ids of a data set mean, in plain types: `vocab_size` and `itos`, which is {id:
-    character}, None for GPT-2's tokens, or {} if the tokenizer is unknown.
-    """
-    path = str(dataset_folder(dataset) / "meta.pkl")
-    if not os.path.exists(path):
-        return dict(GPT2)
-    try:
-        with open(path, "rb") as file:
-            meta = PlainUnpickler(file).load()
-        vocab_size = operator.index(meta["vocab_size"])  # an int, NumPy's too
-        itos = {operator.index(i): str(c) for i, c in meta.get("itos", {}).items()}
-    except Exception as error:  # a damaged file can raise anything
-        raise UserError(f"cannot read {path!r}: {type(error).__name__}: {error}") from None
+def characters_of(text):
+    """The vocabulary of a text by characters."""
+    itos = dict(enumerate(sorted(set(text) or {"\n"})))
+    return dict(vocab_size=len(itos), itos=itos, tokenizer=None)
+
+
+def train_bpe(text, vocab_size):
+    """The vocabulary of a byte-level BPE, which depends on nothing but the arguments."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=sys.stderr.isatty(),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(pieces(text), trainer)
+    return dict(vocab_size=tokenizer.get_vocab_size(), itos=None, tokenizer=tokenizer.to_str())
+
+
+def read_tokenizer(path):
+    """The vocabulary in a tokenizer.json."""
+    from tokenizers import Tokenizer  # only here: other vocabularies don't need it
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content.update(truncation=None, padding=None, post_processor=None)  # just the text's tokens
+    tokenizer = json.dumps(content, ensure_ascii=False)
+    itos = {i: token for token, i in Tokenizer.from_str(tokenizer).get_vocab().items()}
+    vocab_size = max(itos) + 1
+    if vocab_size > 65536:
+        raise ValueError(f"{vocab_size:,} tokens are too many: ids must fit uint16")
+    if content == characters_json(itos):
+        return dict(vocab_size=vocab_size, itos=itos, tokenizer=None)
+    return dict(vocab_size=vocab_size, itos=None, tokenizer=tokenizer)
+
+
+def read_meta(path):
+    """The vocabulary in a meta.pkl."""
+    with open(path, "rb") as file:
+        meta = PlainUnpickler(file).load()
+    vocab_size = operator.index(meta["vocab_size"])  # an int, NumPy's too
+    itos = {operator.index(i): str(c) for i, c in meta.get("itos", {}).items()}
     return dict(vocab_size=vocab_size, itos=itos, tokenizer=None)
+
+
+def tokenizer_of(path):
+    """The vocabulary that `--tokens` names: 'gpt2', a tokenizer.json, or a folder with one."""
+    if path == "gpt2":
+        return dict(GPT2)
+    path = Path(path)
+    for name in ("meta.pkl", "tokenizer.json"):
+        if (path / name).exists():
+            path = path / name
+    try:
+        return read_meta(path) if path.suffix == ".pkl" else read_tokenizer(path)
+    except Exception as error:  # a damaged file can raise anything
+        raise UserError(f"cannot read {str(path)!r}: {type(error).__name__}: {error}") from None
+
+
+def read_vocabulary(dataset):
+    """The vocabulary of a data set."""
+    folder = dataset_folder(dataset)
+    if (folder / "meta.pkl").exists() or (folder / "tokenizer.json").exists():
+        return tokenizer_of(folder)
+    return dict(GPT2)
 
 
 def check_vocabulary(dataset, vocabulary, vocab_size, checkpoint):
@@ -223,24 +297,6 @@ def check_vocabulary(dataset, vocabulary, vocab_size, checkpoint):
         if any(checkpoint[key] != vocabulary[key] for key in ("itos", "tokenizer")):
             raise UserError(f"the data set {dataset!r} has other characters or another tokenizer "
                             "than the model: use its own data set, or start anew")
-
-
-def fingerprint(dataset):
-    """What tells data sets apart: numbers of tokens, hashes of the vocabulary and of a sample."""
-    folder = dataset_folder(dataset)
-    result, sample = {}, hashlib.sha256()
-    for split in ("train", "val"):
-        with open(folder / f"{split}.bin", "rb", buffering=0) as file:
-            size = os.path.getsize(file.name)
-            stride = 4096 * math.ceil(size / 4096 / 1024)  # up to 1,024 pages of 4,096 bytes
-            for position in range(0, size, stride):
-                file.seek(position)
-                sample.update(file.read(4096))
-            result[f"{split}_tokens"] = size // 2
-    meta = folder / "meta.pkl"
-    result["meta_sha256"] = hashlib.sha256(meta.read_bytes()).hexdigest() if meta.exists() else ""
-    result["sample_sha256"] = sample.hexdigest()
-    return result
 
 
 # ---- tokenizers ----
@@ -277,56 +333,115 @@ def cache_gpt2_files():
                 os.replace(tmp_path, path)
 
 
+def pieces(text, size=2**16):
+    """Cuts a text before white space: `tokenizers` needs 150 bytes of memory for one of text."""
+    start = 0
+    while start < len(text):
+        space = re.compile(r"(?<=\S)\s").search(text, start + size)
+        end = space.start() if space else len(text)
+        yield text[start:end]
+        start = end
+
+
 def make_tokenizer(vocabulary, vocab_size):
     """
     encode (text -> ids), decode (ids -> text, with U+FFFD for an incomplete character), the number
-    of ids, and end-of-text's id, None for characters. `vocab_size` is the model's.
+    of ids, and end-of-text's id or None. `vocab_size` is the model's.
     """
     itos = vocabulary["itos"]
-    if itos is None and vocab_size >= 50257:
-        bpe = gpt2_bpe()
+    if vocabulary["tokenizer"]:
+        from tokenizers import Tokenizer
+        tokenizer = Tokenizer.from_str(vocabulary["tokenizer"])
+        letter = tokenizer.encode("a").ids
 
-        def encode(text, special_tokens=True):
-            allowed = "all" if special_tokens else set()
+        def encode(text):
+            return [i for piece in pieces(text) for i in tokenizer.encode(piece).ids]
+
+        def decode(ids):
+            # note: after a letter, because some decoders remove a space from the beginning
+            text = tokenizer.decode([*letter, *ids], skip_special_tokens=False)
+            return text[len(tokenizer.decode(letter)):]
+
+        num_ids = max(tokenizer.get_vocab().values()) + 1
+        end_token = tokenizer.token_to_id(END_OF_TEXT)
+        if end_token is None:
+            end_token = tokenizer.token_to_id("</s>")
+    elif itos:
+        stoi = {character: i for i, character in itos.items()}
+
+        def encode(text):
             try:
-                return bpe.encode(text, allowed_special=allowed, disallowed_special=())
-            except BaseException as error:  # note: tiktoken's PanicException is no Exception
-                if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
-                    raise
-                raise UserError(f"GPT-2's tokenizer cannot encode {str(text)[:40]!r}: {error}"
-                                ) from None
+                return [stoi[character] for character in text]
+            except KeyError as error:
+                raise UserError(f"no token for the character {error}; leave it out") from None
 
-        return encode, bpe.decode, bpe.n_vocab, bpe.eot_token
+        def decode(ids):
+            return "".join(itos[i] for i in ids)
 
-    if not itos:
+        num_ids, end_token = len(itos), None
+    elif itos is None and vocab_size >= 50257:
+        bpe = gpt2_bpe()
+        encode = functools.partial(bpe.encode, allowed_special="all")
+        decode, num_ids, end_token = bpe.decode, bpe.n_vocab, bpe.eot_token
+    else:
         raise UserError(f"there is no tokenizer for a vocabulary of {vocab_size}: GPT-2's has "
                         "50257 tokens, and the data set's meta.pkl has no characters")
-    if len(itos) != vocab_size:
-        raise UserError(f"the data set has {len(itos)} characters and the model {vocab_size}: "
-                        "the model was trained on other data")
-    stoi = {character: i for i, character in itos.items()}
+    if num_ids > vocab_size or (itos and num_ids != vocab_size):
+        raise UserError(f"the data set has {num_ids} characters or tokens and the model "
+                        f"{vocab_size}: the model was trained on other data")
+    return encode, decode, num_ids, end_token
 
-    def encode(text, special_tokens=True):
-        try:
-            return [stoi[character] for character in text]
-        except KeyError as error:
-            raise UserError(f"the model does not know the character {error}; "
-                            "leave it out of the prompt") from None
 
-    return encode, lambda ids: "".join(itos[i] for i in ids), vocab_size, None
+def characters_json(itos):
+    """The content of a tokenizer.json for characters."""
+    split = dict(type="Split", pattern=dict(Regex=r"[\s\S]"), behavior="Isolated", invert=False)
+    model = dict(type="WordLevel", vocab={c: i for i, c in itos.items()}, unk_token="")
+    return dict(version="1.0", truncation=None, padding=None, added_tokens=[], normalizer=None,
+                pre_tokenizer=split, post_processor=None, decoder=dict(type="Fuse"), model=model)
 
 
 def export_files(vocabulary, block_size):
-    """{name: bytes} of what Hugging Face's AutoTokenizer needs."""
-    if vocabulary["itos"] is not None:
+    """{name: bytes} of what Hugging Face's AutoTokenizer needs; {} for an unknown tokenizer."""
+    itos, tokenizer = vocabulary["itos"], vocabulary["tokenizer"]
+    config = dict(model_max_length=block_size, tokenizer_class="PreTrainedTokenizerFast",
+                  clean_up_tokenization_spaces=False)
+    if itos:
+        tokenizer = json.dumps(characters_json(itos), ensure_ascii=False)
+    if tokenizer:
+        files = {"tokenizer.json": tokenizer.encode()}
+    elif itos is None:
+        gpt2_bpe()  # both files are in the cache now
+        from tiktoken.load import read_file_cached
+        files = {"vocab.json": read_file_cached(GPT2_URL + "encoder.json"),
+                 "merges.txt": read_file_cached(GPT2_URL + "vocab.bpe")}
+        config.update(tokenizer_class="GPT2Tokenizer", add_prefix_space=False)
+    else:
         return {}
-    gpt2_bpe()  # both files are in the cache now
-    from tiktoken.load import read_file_cached
-    config = dict(tokenizer_class="GPT2Tokenizer", model_max_length=block_size,
-                  add_prefix_space=False, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT,
-                  unk_token=END_OF_TEXT)
-    return {
-        "vocab.json": read_file_cached(GPT2_URL + "encoder.json"),
-        "merges.txt": read_file_cached(GPT2_URL + "vocab.bpe"),
-        "tokenizer_config.json": json.dumps(config, indent=2).encode(),
-    }
+    if not tokenizer or f'"{END_OF_TEXT}"' in tokenizer:
+        config.update(bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, unk_token=END_OF_TEXT)
+    return files | {"tokenizer_config.json": json.dumps(config, indent=2).encode()}
+
+
+def bytes_per_token(vocabulary, file, num_tokens):
+    """
+    Mean UTF-8 bytes of the tokens 1 to `num_tokens` in a .bin file, the targets of a model that
+    reads them all; end-of-text has none. None if the tokens are not known by their bytes.
+    """
+    tokenizer = vocabulary["tokenizer"]
+    if vocabulary["itos"]:
+        lengths = [len(character.encode()) for _, character in sorted(vocabulary["itos"].items())]
+    elif tokenizer and '"ByteLevel"' in tokenizer:  # a character of a token stands for a byte
+        tokens = json.loads(tokenizer)["model"]["vocab"]
+        lengths = [0] * vocabulary["vocab_size"]
+        for token, i in tokens.items():
+            lengths[i] = 0 if token == END_OF_TEXT else len(token)
+    elif tokenizer is None and vocabulary["itos"] is None:
+        try:
+            bpe = gpt2_bpe()
+        except UserError:  # offline
+            return None
+        lengths = [len(bpe.decode_single_token_bytes(i)) for i in range(bpe.eot_token)] + [0]
+    else:
+        return None
+    targets = np.memmap(file, dtype="<u2", mode="r")[1 : num_tokens + 1]
+    return np.array(lengths)[targets].sum() / num_tokens

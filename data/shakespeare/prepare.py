@@ -11,8 +11,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
 from configurator import configure
-from data.common import GPT2, write_text
+from data import common
 
 configure(globals())
 text = (HERE.parent / "tinyshakespeare.txt").read_text(encoding="utf-8")
-print(write_text(HERE, [text], GPT2, end_of_text=False))
+print(common.write_text(HERE, [text], common.GPT2, end_of_text=False))

@@ -11,8 +11,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
 from configurator import configure
-from data.common import characters_of, write_text
+from data import common
 
 configure(globals())
 text = (HERE.parent / "tinyshakespeare.txt").read_text(encoding="utf-8")
-print(write_text(HERE, [text], characters_of(text)))
+print(common.write_text(HERE, [text], common.characters_of(text)))

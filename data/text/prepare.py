@@ -2,11 +2,12 @@
 Your own text as a data set: UTF-8 files, and folders of them.
 
     python data/text/prepare.py my.txt notes/                  # tokens are characters
-    python data/text/prepare.py my.txt notes/ --tokens=gpt2    # GPT-2's BPE
+    python data/text/prepare.py my.txt notes/ --tokens=bpe     # of a BPE trained on your text
+    python data/text/prepare.py my.txt notes/ --tokens=gpt2    # of GPT-2's BPE
     python train.py config/train_shakespeare_char_cpu.py --dataset=text --out_dir=out-text
 
 Files are read in the order given, and those of a folder in sorted order. Hidden files in folders,
-and those that are not UTF-8 text, are skipped. With GPT-2's BPE each file ends with
+and those that are not UTF-8 text, are skipped. Unless tokens are characters, each file ends with
 <|endoftext|>, which may also separate the texts in a file.
 """
 
@@ -18,17 +19,18 @@ sys.path.insert(0, str(HERE.parents[1]))
 
 from tqdm import tqdm
 
-from configurator import UserError, check_choice, check_ranges, configure
-from data.common import DATASET_FILES, END_OF_TEXT, GPT2, characters_of, write_text
+from configurator import UserError, check_ranges, configure
+from data import common
 
-tokens = 'characters'  # or 'gpt2': GPT-2's BPE
+tokens = 'characters'  # or 'bpe', 'gpt2', a tokenizer.json, a folder that has one
+vocab_size = 4096  # tokens of 'bpe'
 val_frac = 0.1  # fraction of the characters, at the end, held out for validation
 out_dir = str(HERE)  # where train.bin and val.bin go
 
 paths = []  # from the command line
 config = configure(globals(), paths=paths)
-check_choice("tokens", tokens, ("characters", "gpt2"))
 check_ranges(config, "val_frac", 1e-6, 1 - 1e-6)
+check_ranges(config, "vocab_size", 257, 65536)
 
 
 def find_files(path):
@@ -40,7 +42,7 @@ def find_files(path):
     files = []
     for inner in sorted(path.rglob("*")):
         hidden = any(part.startswith(".") for part in inner.relative_to(path).parts)
-        if inner.is_file() and not hidden and inner.name not in DATASET_FILES:
+        if inner.is_file() and not hidden and inner.name not in common.DATASET_FILES:
             files.append(inner)
     return files
 
@@ -65,9 +67,14 @@ for path in tqdm(sum(map(find_files, given), []), disable=None):
 if num_skipped > 0:
     print(f"skipped {num_skipped} files that are not UTF-8 text")
 
+documents = [document for text in texts for document in text.split(common.END_OF_TEXT)]
 if tokens == "characters":
-    text = "\n".join(texts)
-    print(write_text(out_dir, [text], characters_of(text), val_frac))
+    vocabulary = common.characters_of("\n".join(texts))
+elif tokens == "bpe":
+    text = "".join(documents)
+    vocabulary = common.train_bpe(text[:int(len(text) * (1 - val_frac))], vocab_size)
 else:
-    documents = [document for text in texts for document in text.split(END_OF_TEXT)]
-    print(write_text(out_dir, documents, GPT2, val_frac))
+    vocabulary = common.tokenizer_of(tokens)
+if vocabulary["itos"]:
+    documents = ["\n".join(texts)]
+print(common.write_text(out_dir, documents, vocabulary, val_frac))
