@@ -75,9 +75,9 @@ def replace_dataset(folder):
     """
     folder = Path(folder)
     with lock_folder(folder):
-        for leftover in folder.glob("*.tmp"):  # of a process that was killed
+        for leftover in folder.glob(".new-*.tmp"):  # of a process that was killed
             shutil.rmtree(leftover)
-        with tempfile.TemporaryDirectory(".tmp", dir=folder) as tmp_folder:
+        with tempfile.TemporaryDirectory(".tmp", ".new-", folder) as tmp_folder:
             yield Path(tmp_folder)
             for name in reversed(DATASET_FILES):
                 (folder / name).unlink(missing_ok=True)
@@ -114,8 +114,10 @@ def encode_documents(documents, encode, end_token):
     return encoded, skipped
 
 
-def count_tokens(ids, decode, length):
-    """How many of the ids it takes to have `length` characters."""
+def count_tokens(ids, decode, document, length):
+    """How many of the ids of a document it takes to have `length` characters."""
+    if len(decode(ids)) < len(document):  # its tokenizer loses some
+        length = length * len(decode(ids)) // len(document)
     return bisect.bisect_left(
         range(len(ids)), length, key=lambda n: len(decode(ids[:n]).rstrip("\ufffd")))
 
@@ -129,7 +131,9 @@ def write_text(folder, documents, vocabulary, val_frac=0.1, end_of_text=True):
     cut = 0  # tokens in train.bin
     for document, ids in encoded:
         if left < len(document):
-            cut += left if vocabulary["itos"] else count_tokens(ids.tolist(), decode, left)
+            if not vocabulary["itos"]:  # a token may have several characters
+                left = count_tokens(ids.tolist(), decode, document, left)
+            cut += left
             break
         left -= len(document)
         cut += len(ids)
