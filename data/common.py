@@ -180,16 +180,16 @@ def open_tokens(dataset, split, block_size):
     path = str(dataset_folder(dataset) / f"{split}.bin")
     if not os.path.isfile(path):
         raise UserError(f"{path!r} is missing; {prepare_hint(dataset)}")
-    file = open(path, "rb")
     size = os.path.getsize(path)  # bytes, two a token
     if size == 0 or size % 2 == 1:
         raise UserError(f"{path!r} is damaged: it has {size} bytes; {prepare_hint(dataset)}")
     if size // 2 < block_size + 1:
         raise UserError(f"{path!r} has {size // 2} tokens, too few for block_size={block_size}; "
                         f"lower block_size, or {prepare_hint(dataset)}")
+    file = open(path, "rb")
     if int.from_bytes(file.read(4), "little") == 20240520:
         raise UserError(f"{path!r} begins with llm.c's header; remove these 1,024 bytes: "
-                        f"tail -c +1025 {path} > tokens && mv tokens {path}")
+                        f"tail -c +1025 {path!r} > tokens && mv tokens {path!r}")
     return file, size // 2
 
 
@@ -232,7 +232,9 @@ def characters_of(text):
 
 
 def train_bpe(text, vocab_size):
-    """The vocabulary of a byte-level BPE, which depends on nothing but the arguments."""
+    """The vocabulary of a byte-level BPE that is trained on a text."""
+    # note: threads don't change it, though that is not documented: the counts are integers, and of
+    # equally frequent pairs the one of lower ids is merged first.
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -357,14 +359,14 @@ def make_tokenizer(vocabulary, vocab_size):
         from tokenizers import Tokenizer
         tokenizer = Tokenizer.from_str(vocabulary["tokenizer"])
         letter = tokenizer.encode("a").ids
+        skip = len(tokenizer.decode(letter))
 
         def encode(text):
             return [i for piece in pieces(text) for i in tokenizer.encode(piece).ids]
 
         def decode(ids):
             # note: after a letter, because some decoders remove a space from the beginning
-            text = tokenizer.decode([*letter, *ids], skip_special_tokens=False)
-            return text[len(tokenizer.decode(letter)):]
+            return tokenizer.decode([*letter, *ids], skip_special_tokens=False)[skip:]
 
         num_ids = max(tokenizer.get_vocab().values()) + 1
         end_token = tokenizer.token_to_id(END_OF_TEXT)

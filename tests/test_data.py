@@ -49,22 +49,15 @@ def start(checkout, name, *arguments, hf_home=None):
     )
 
 
-def prepare(checkout, name, *arguments, **options):
-    """Runs data/<name>/prepare.py and returns what it printed."""
+def prepare(checkout, name, *arguments, code=0, **options):
+    """Runs data/<name>/prepare.py; returns what it printed, with code=1 its error in one line."""
     process = start(checkout, name, *arguments, **options)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
-    return out
-
-
-def prepare_error(checkout, name, *arguments, **options):
-    """Runs data/<name>/prepare.py, which must fail with an error in one line; returns that."""
-    process = start(checkout, name, *arguments, **options)
-    _, err = process.communicate(timeout=60)
-    last_line = err.splitlines()[-1]
-    assert process.returncode == 1
-    assert last_line.startswith("error: ") and "Traceback" not in err, err
-    return last_line
+    assert process.returncode == code and "Traceback" not in err, err
+    if code == 0:
+        return out
+    assert err.splitlines()[-1].startswith("error: ")
+    return err.splitlines()[-1]
 
 
 def read_ids(folder):
@@ -223,7 +216,7 @@ def hf_home(tmp_path):
 def test_openwebtext_never_takes_another_revision_from_the_cache(checkout, tmp_path, hf_home):
     (tmp_path / "train.bin").write_bytes(b"good")
     arguments = ["--num_proc=1", f"--out_dir={tmp_path}"]
-    error = prepare_error(checkout, "openwebtext", *arguments, hf_home=hf_home(OTHER))
+    error = prepare(checkout, "openwebtext", *arguments, code=1, hf_home=hf_home(OTHER))
     assert "has another" in error and PINNED in error
     assert (tmp_path / "train.bin").read_bytes() == b"good"
     prepare(checkout, "openwebtext", *arguments, f"--revision={OTHER}", hf_home=tmp_path / "hf")
@@ -233,8 +226,8 @@ def test_openwebtext_never_takes_another_revision_from_the_cache(checkout, tmp_p
 
 
 def test_openwebtext_compares_the_number_of_documents(checkout, tmp_path, hf_home):
-    error = prepare_error(checkout, "openwebtext", f"--out_dir={tmp_path / 'out'}",
-                          hf_home=hf_home(PINNED))
+    error = prepare(checkout, "openwebtext", f"--out_dir={tmp_path / 'out'}", code=1,
+                    hf_home=hf_home(PINNED))
     assert "documents: 50 instead of 8,013,769" in error
     assert str(tmp_path / "hf/datasets/Skylion007___openwebtext") in error
     assert not (tmp_path / "out").exists()
@@ -254,7 +247,7 @@ def test_openwebtext_compares_the_number_of_tokens(checkout, tmp_path, monkeypat
     """)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     out_dir = tmp_path / "out"
-    error = prepare_error(checkout, "openwebtext", "--num_proc=1", f"--out_dir={out_dir}")
+    error = prepare(checkout, "openwebtext", f"--out_dir={out_dir}", code=1)
     assert "val: 3 instead of 4,434,897" in error
     assert not out_dir.exists()
 
@@ -507,11 +500,8 @@ def test_meta_with_types_of_numpy_is_read_as_plain_types(tmp_path, kind, protoco
         assert vocabulary == dict(vocab_size=4, itos=expected, tokenizer=None)
         plain = [vocabulary["vocab_size"], *vocabulary["itos"], *vocabulary["itos"].values()]
         assert {type(value) for value in plain} <= {int, str}
-
-
-def test_tokens_are_gpt2s_if_nothing_says_otherwise(tmp_path):
-    expected = dict(vocab_size=50257, itos=None, tokenizer=None)
-    assert common.read_vocabulary(tmp_path) == expected
+    (tmp_path / "meta.pkl").unlink()
+    assert common.read_vocabulary(tmp_path) == dict(vocab_size=50257, itos=None, tokenizer=None)
 
 
 @pytest.mark.parametrize("content, named", [
@@ -562,7 +552,7 @@ def test_the_hint_is_the_command_or_lists_the_data_sets(tmp_path, monkeypatch):
     assert common.prepare_hint("text") == f"run python {ROOT / 'data/text/prepare.py'}"
 
 
-def test_fingerprints_tell_data_sets_apart(tmp_path):
+def test_fingerprints_tell_data_sets_apart(bpe, tmp_path):
     write_characters(tmp_path, "abcd" * 10)
     first = common.fingerprint(tmp_path)
     assert (first["train_tokens"], first["val_tokens"]) == (36, 4)
@@ -573,6 +563,8 @@ def test_fingerprints_tell_data_sets_apart(tmp_path):
     assert {**second, "sample_sha256": first["sample_sha256"]} == first
     (tmp_path / "meta.pkl").unlink()
     assert common.fingerprint(tmp_path)["meta_sha256"] == ""
+    expected = hashlib.sha256((bpe / "tokenizer.json").read_bytes()).hexdigest()
+    assert common.fingerprint(bpe)["meta_sha256"] == expected
 
 
 def test_the_fingerprint_of_a_large_file_is_that_of_1024_pages_at_most(tmp_path):
@@ -716,11 +708,6 @@ def test_tokens_can_be_those_of_another_data_set(run, checkout, bpe, tmp_path):
     assert not (tmp_path / "tokenizer.json").exists()
 
 
-def test_the_fingerprint_has_the_tokenizer(bpe):
-    expected = hashlib.sha256((bpe / "tokenizer.json").read_bytes()).hexdigest()
-    assert common.fingerprint(bpe)["meta_sha256"] == expected
-
-
 def foreign_tokenizer(folder, **changes):
     """Writes a tokenizer.json in the manner of Llama's, which would add, cut off and pad tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -794,7 +781,4 @@ def test_exported_tokenizers_are_the_same_in_transformers(bpe, tmp_path, kind):
     assert theirs.eos_token == (None if kind == "characters" else "<|endoftext|>")
     if kind != "gpt2":
         assert common.tokenizer_of(tmp_path) == vocabulary
-
-
-def test_an_unknown_tokenizer_is_not_exported():
     assert common.export_files(dict(itos={}, tokenizer=None), 64) == {}
