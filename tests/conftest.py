@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch._dynamo  # the first update imports it; forks of this process need not
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -27,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 import checkpoint
 import runtime
 from data import common
+from model import GPT
 
 
 def find_gpu():
@@ -130,15 +132,33 @@ def train(run, dataset, tmp_path):
     return train
 
 
-def interrupt_at(monkeypatch, update, number=signal.SIGTERM):
-    """A real signal to this process in the middle of update `update`, counted from 1."""
+def on_forward(monkeypatch, function):
+    """
+    From now on a forward pass with targets returns function(loss, training, number) as its loss;
+    `number` counts those in training and those in evaluations, from 0, in each process.
+    """
+    forward = GPT.forward
+    numbers = {True: 0, False: 0}
+
+    def patched(self, idx, targets=None, caches=None):
+        logits, loss = forward(self, idx, targets, caches)
+        if loss is not None:
+            number = numbers[self.training]
+            numbers[self.training] += 1
+            loss = function(loss, self.training, number)
+        return logits, loss
+    monkeypatch.setattr(GPT, "forward", patched)
+
+
+def interrupt_at(monkeypatch, update, number=signal.SIGTERM, rank="0"):
+    """A real signal to the process of a rank in the middle of update `update`, counted from 1."""
     get_total_norm = torch.nn.utils.get_total_norm
     updates = 0
 
     def patched(*args, **kwargs):
         nonlocal updates
         updates += 1
-        if updates == update:
+        if updates == update and os.environ.get("RANK", "0") == rank:
             assert signal.getsignal(number) != signal.SIG_DFL, "the signal would end the tests"
             signal.raise_signal(number)
         return get_total_norm(*args, **kwargs)
@@ -148,36 +168,51 @@ def interrupt_at(monkeypatch, update, number=signal.SIGTERM):
 # ---- in forks of this process, where torch is loaded already ----
 
 
-def fork(*arguments, **env):
-    """Starts train.py in a fork, without its output; returns the process id."""
+def fork(*arguments, script="train.py", before=None, **env):
+    """
+    Starts a script in a fork, without its output to stdout; returns the process id. The fork calls
+    `before` first.
+    """
     pid = os.fork()
     if pid > 0:
         return pid
     try:
         os.environ.update(env)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.argv = ["train.py", *map(str, arguments)]
-        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+        sys.argv = [script, *map(str, arguments)]
+        if before is not None:
+            before()
+        runpy.run_path(str(ROOT / script), run_name="__main__")
         os._exit(0)
     except SystemExit as stop:
-        os._exit(stop.code)
+        os._exit(stop.code or 0)
     except BaseException as error:
         sys.excepthook(type(error), error, error.__traceback__)
     finally:
         os._exit(1)
 
 
-def world(processes, *arguments):
-    """Trains a tiny run in several forks, as torchrun would start them, and waits for its end."""
+def wait(pid):
+    """Waits for a fork; returns its exit code, -9 if SIGKILL has ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def world(processes, *arguments, codes=None, before=None):
+    """
+    Trains a tiny run in several forks, as torchrun would start them, and waits for its end. `codes`
+    are the exit codes, 0 by default.
+    """
+    pids = []
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = dict(WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    pids = []
+        port = str(free.getsockname()[1])
     for rank in map(str, range(processes)):
-        pids.append(fork(*TINY, *arguments, RANK=rank, LOCAL_RANK=rank, **env))
-    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-    assert codes == [0] * processes
+        env = {}
+        if processes > 1:
+            env = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=str(processes),
+                       MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        pids.append(fork(*TINY, *arguments, before=before, **env))
+    assert [wait(pid) for pid in pids] == (codes or [0] * processes)
 
 
 # ---- as a user would ----
@@ -232,7 +267,17 @@ def read_losses(out_dir):
 
 def newest(out_dir):
     """The checkpoint that a resume would start from."""
-    return checkpoint.newest_checkpoint(str(out_dir))
+    return checkpoint.read_checkpoint(str(out_dir))
+
+
+def load(out_dir, name):
+    return checkpoint.load_checkpoint(str(out_dir / name))
+
+
+def assert_same_run(a, b):
+    """The runs in two folders have ended alike, bit for bit."""
+    assert_same_state(newest(a), newest(b))
+    assert read_log(a) == read_log(b)
 
 
 def assert_same_state(a, b):

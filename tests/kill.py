@@ -1,22 +1,38 @@
 """
-Kills small training runs with SIGKILL at random moments, half of them while they save, and restarts
-them with --init_from=auto until they end. A checkpoint must be there at every moment, and the end
-must be that of a run that nobody killed, bit for bit.
+Ends small training runs in every way, goes on with --init_from=auto until they are complete, and
+compares: the end must be that of a run that nobody disturbed, bit for bit.
 
-    python tests/kill.py 100      at least 100 kills
+    python tests/kill.py 100     SIGKILL, at least 100 times, at random moments and while saving
+    python tests/kill.py lines   an error, then SIGTERM, at every line of the loop of train.py
 """
 
+import ast
 import os
 import random
 import signal
 import sys
 import tempfile
 import time
+from collections import namedtuple
 from pathlib import Path
 
-from conftest import TINY, assert_same_state, fork, make_dataset, newest, read_log
+from conftest import (
+    ROOT,
+    TINY,
+    assert_same_run,
+    assert_same_state,
+    fork,
+    load,
+    make_dataset,
+    newest,
+    wait,
+    world,
+)
 
+import runtime
 from checkpoint import load_checkpoint
+
+# ---- SIGKILL at random moments ----
 
 OPTIONS = [*TINY, "--dropout=0.1", "--n_embd=64", "--gradient_accumulation_steps=2",
            "--max_iters=40", "--eval_interval=4"]
@@ -24,7 +40,7 @@ OPTIONS = [*TINY, "--dropout=0.1", "--n_embd=64", "--gradient_accumulation_steps
 
 def is_saving(out_dir, start_time):
     """Whether a checkpoint is being written; older temporary files are leftovers of a kill."""
-    for path in out_dir.glob("*.pt.tmp"):
+    for path in out_dir.glob("*.tmp"):
         try:
             if path.stat().st_mtime > start_time:
                 return True
@@ -76,8 +92,7 @@ def run_and_kill(options, out_dir, seconds, rng):
     if code is not None:
         return code, False
     os.kill(pid, signal.SIGKILL)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    return code, saving()
+    return wait(pid), saving()
 
 
 def hunt(dataset, folder, num_kills, seed=0):
@@ -86,7 +101,7 @@ def hunt(dataset, folder, num_kills, seed=0):
     options = [*OPTIONS, f"--dataset={dataset}"]
     undisturbed = folder / "undisturbed"
     start_time = time.monotonic()
-    os.waitpid(fork(*options, f"--out_dir={undisturbed}"), 0)
+    wait(fork(*options, f"--out_dir={undisturbed}"))
     seconds = time.monotonic() - start_time
 
     kills = kills_while_saving = runs = 0
@@ -107,16 +122,134 @@ def hunt(dataset, folder, num_kills, seed=0):
             had_checkpoint = bool(paths)
             for path in paths:
                 load_checkpoint(str(path))  # raises ValueError if it is damaged
-        assert_same_state(newest(out_dir), newest(undisturbed))
-        assert read_log(out_dir) == read_log(undisturbed)
+        assert_same_run(out_dir, undisturbed)
         assert list(out_dir.glob("*.tmp")) == []
     return kills, kills_while_saving, runs
 
 
+# ---- an error or a signal at a line ----
+
+MAX_ITERS = 3  # with evaluations before updates 0 and 2 and at the end
+LINES = [f"--max_iters={MAX_ITERS}", "--eval_interval=2", "--eval_iters=1", "--dropout=0.1",
+         "--gradient_accumulation_steps=2"]
+
+# A line of train.py that is about to run in the loop or after it, and what holds there.
+Position = namedtuple("Position", "function line iter_num saved_iter updating")
+
+
+def call_at_lines(function):
+    """From the loop on, function(Position) is called before each line of train.py that runs."""
+    script = str(ROOT / "train.py")
+
+    def trace(frame, event, argument):
+        if frame.f_code.co_filename != script:
+            return None
+        if event == "line":
+            names = frame.f_globals
+            function(Position(frame.f_code.co_name, frame.f_lineno, names["state"]["iter_num"],
+                              names["saved_iter"], names["updating"]))
+        return trace
+
+    call_after_error = runtime.call_after_error
+
+    def call_and_trace(*args):  # the last call before the loop
+        call_after_error(*args)
+        sys._getframe(1).f_trace = trace
+        sys.settrace(trace)
+    runtime.call_after_error = call_and_trace
+
+
+def list_positions(out_dir, *options, processes=1, rank="0"):
+    """Trains an undisturbed run; returns the Position of every line that one process executes."""
+    path = f"{out_dir}.positions"
+
+    def write_positions():
+        if os.environ.get("RANK", "0") == rank:
+            file = open(path, "w", buffering=1)  # a line at a time
+            call_at_lines(lambda position: print(tuple(position), file=file))
+    world(processes, *options, f"--out_dir={out_dir}", before=write_positions)
+    with open(path) as file:
+        return [Position(*ast.literal_eval(line)) for line in file]
+
+
+def disturb(index, what, rank="0", quiet=False):
+    """For `before` of `fork`: at line `index`, an error if `what` is None, else this signal."""
+    def call_at_line():
+        index_of_line = -1
+
+        def disturb_once(position):
+            nonlocal index_of_line
+            index_of_line += 1
+            if index_of_line == index:
+                sys.settrace(None)
+                if what is None:
+                    raise RuntimeError("an error on purpose")
+                os.kill(os.getpid(), what)
+        if quiet:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        if os.environ.get("RANK", "0") == rank:
+            call_at_lines(disturb_once)
+    return call_at_line
+
+
+def expected_iter_num(position):
+    """The iteration that an error leaves to resume from; None if there is no checkpoint."""
+    if position.updating or position.iter_num == 0:
+        return position.saved_iter
+    return position.iter_num
+
+
+def check_line(index, position, what, undisturbed, out_dir, *options):
+    """
+    Disturbs a run at a line, and compares what it leaves and the end of the resumed run. Returns
+    the iteration it was resumed from, None without a checkpoint.
+    """
+    options = [*options, f"--out_dir={out_dir}"]
+    code = wait(fork(*TINY, *options, before=disturb(index, what, quiet=True)))
+    left = newest(out_dir)
+    iter_num = left["iter_num"] if left else None
+    if what is None:
+        codes = (1,)
+        assert iter_num == expected_iter_num(position), (iter_num, position)
+    else:
+        codes = (128 + what,)
+        # a signal that comes after the stop flag of an update is seen in the next one
+        assert 0 <= iter_num - position.iter_num <= 2, (iter_num, position)
+    if position.iter_num == MAX_ITERS:
+        codes += (0,)  # too late to stop, or in the picture
+    assert code in codes, (code, position)
+    world(1, *options, "--init_from=auto")
+    assert_same_run(out_dir, undisturbed)
+    assert_same_state(load(out_dir, "ckpt.pt"), load(undisturbed, "ckpt.pt"))
+    return iter_num
+
+
+def check_lines(dataset, folder, every=1):
+    """
+    An error, and in another run a signal, at every line, or every n-th; where a line runs more than
+    once in an update, the first time. Returns the number of runs.
+    """
+    options = [*LINES, f"--dataset={dataset}"]
+    undisturbed = folder / "undisturbed"
+    positions = list_positions(undisturbed, *options)
+    first_index = {}
+    for index, position in enumerate(positions):
+        first_index.setdefault(position, index)
+    runs = 0
+    for what in (None, signal.SIGTERM):
+        for position, index in list(first_index.items())[::every]:
+            check_line(index, position, what, undisturbed, folder / f"run{runs}", *options)
+            runs += 1
+    return runs
+
+
 if __name__ == "__main__":
-    num_kills = int(sys.argv[1]) if len(sys.argv) > 1 else 100
+    mode = sys.argv[1] if len(sys.argv) > 1 else "100"
     with tempfile.TemporaryDirectory() as name:
         make_dataset(Path(name))
-        kills, kills_while_saving, runs = hunt(name, Path(name), num_kills)
-    print(f"{kills} kills, {kills_while_saving} of them while saving, in {runs} runs: "
-          "each ended as the undisturbed one, bit for bit")
+        if mode == "lines":
+            summary = f"{check_lines(name, Path(name))} errors and signals"
+        else:
+            kills, kills_while_saving, runs = hunt(name, Path(name), int(mode))
+            summary = f"{kills} kills, {kills_while_saving} of them while saving, in {runs} runs"
+    print(f"{summary}: each ended as the undisturbed one, bit for bit")

@@ -23,12 +23,15 @@ def all_sequences(get_batch, stream, iteration, num_micro_steps):
 
 def test_a_batch_depends_on_seed_stream_and_iteration_alone(train):
     get_batch = train("a", "--max_iters=0")["get_batch"]
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
     sequences = all_sequences(get_batch, TRAIN, 5, 4)
     assert sequences.shape == (12, 8)
     get_batch("val", EVAL_VAL, 0)  # as in an evaluation
     assert torch.equal(all_sequences(get_batch, TRAIN, 5, 4), sequences)
     assert not torch.equal(all_sequences(get_batch, TRAIN, 6, 4), sequences)
     assert not torch.equal(all_sequences(get_batch, EVAL_TRAIN, 5, 4), sequences)
+    assert torch.equal(torch.get_rng_state(), torch_state)  # batches draw from neither
+    assert np.array_equal(np.random.get_state()[1], numpy_state)
     other_seed = train("b", "--max_iters=0", "--seed=2")["get_batch"]
     assert not torch.equal(all_sequences(other_seed, TRAIN, 5, 4), sequences)
 
@@ -93,33 +96,34 @@ def whole_split_loss(model, path, num_sequences):
         return model(x, y)[1].item()
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_with_eval_iters_0_every_whole_sequence_of_val_counts_once(dataset, tmp_path, processes):
-    """val has 2000 tokens: 285 sequences of 7 (95 batches of 3, or 71 of 4 and one of 1)."""
-    for batch_size in (3, 4):
-        out_dir = tmp_path / str(batch_size)
-        world(processes, f"--dataset={dataset}", f"--out_dir={out_dir}", "--eval_iters=0",
-              "--block_size=7", "--max_iters=1", f"--batch_size={batch_size}")
-        model = GPT.from_state(newest(out_dir)["model_args"], newest(out_dir)["model"]).eval()
-        last = read_log(out_dir)[-1]
-        for split in ("train", "val"):
-            expected = whole_split_loss(model, dataset / f"{split}.bin", 285)
-            assert float(last[f"{split}_loss"]) == pytest.approx(expected, abs=1e-5)
+@pytest.mark.parametrize("processes, batch_size", [
+    (1, 3),  # val has 2000 tokens: 285 sequences of 7, in 95 batches of 3
+    (1, 4),  # or 71 batches of 4 and one of 1
+    (2, 4),
+    (3, 8),
+])
+def test_with_eval_iters_0_every_sequence_of_val_counts_once(
+        dataset, tmp_path, processes, batch_size):
+    world(processes, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--eval_iters=0",
+          "--block_size=7", "--max_iters=1", "--gradient_accumulation_steps=6",
+          f"--batch_size={batch_size}")
+    saved = newest(tmp_path)
+    model = GPT.from_state(saved["model_args"], saved["model"]).eval()
+    last_row = read_log(tmp_path)[-1]
+    for split in ("train", "val"):
+        expected = whole_split_loss(model, dataset / f"{split}.bin", 285)
+        assert float(last_row[f"{split}_loss"]) == pytest.approx(expected, abs=1e-5)
 
 
 def test_with_eval_iters_0_a_train_split_shorter_than_val_works(train, dataset, tmp_path):
-    folder = tmp_path / "data"
-    folder.mkdir()
-    for name in ("meta.pkl", "val.bin"):
-        (folder / name).write_bytes((dataset / name).read_bytes())
+    folder = shutil.copytree(dataset, tmp_path / "data")
     (folder / "train.bin").write_bytes((dataset / "val.bin").read_bytes()[:2 * 100])
     result = train("a", f"--dataset={folder}", "--eval_iters=0", "--max_iters=1", "--block_size=7")
-    assert result["num_eval_sequences"] == 14  # 99 targets
-    expected = whole_split_loss(result["model"].eval(), folder / "train.bin", 14)
-    last = read_log(tmp_path / "a")[-1]
+    expected = whole_split_loss(result["model"].eval(), folder / "train.bin", 14)  # 99 targets
+    last_row = read_log(tmp_path / "a")[-1]
     # of both splits the same part, and here they begin alike
     for column in ("train_loss", "val_loss"):
-        assert float(last[column]) == pytest.approx(expected, abs=1e-5)
+        assert float(last_row[column]) == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_run_keeps_the_data_it_started_with(train, dataset, tmp_path):
@@ -132,11 +136,3 @@ def test_a_run_keeps_the_data_it_started_with(train, dataset, tmp_path):
         path.unlink()
         path.write_bytes(bytes(size))
     assert all(map(torch.equal, before, get_batch("train", TRAIN, 3)))
-
-
-def test_reading_batches_leaves_the_global_generators_alone(train):
-    get_batch = train("a", "--max_iters=0")["get_batch"]
-    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
-    get_batch("train", TRAIN, 0)
-    assert torch.equal(torch.get_rng_state(), torch_state)
-    assert np.array_equal(np.random.get_state()[1], numpy_state)

@@ -6,7 +6,7 @@ attention in several blocks.
 """
 
 import pytest
-from conftest import HAS_GPU, ON_GPU, TINY, assert_same_state, finish, newest, read_log, spawn
+from conftest import HAS_GPU, ON_GPU, TINY, assert_same_run, finish, newest, read_log, spawn
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not HAS_GPU, reason="no CUDA GPU")]
 
@@ -31,8 +31,7 @@ def test_deterministic_run_resumes_bitwise(dataset, tmp_path, options, compile):
     finish(spawn("train.py", *options, b, "--max_iters=5", env=ON_GPU))
     finish(spawn("train.py", *options, b, "--init_from=resume", env=ON_GPU))
     finish(uninterrupted)
-    assert_same_state(newest(tmp_path / "a"), newest(tmp_path / "b"))
-    assert read_log(tmp_path / "a") == read_log(tmp_path / "b")
+    assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
 def test_the_scale_of_float16_is_lowered_and_resumed_with_two_optimizers(dataset, tmp_path):
@@ -42,10 +41,11 @@ def test_the_scale_of_float16_is_lowered_and_resumed_with_two_optimizers(dataset
     uninterrupted = spawn("train.py", *options, a, env=ON_GPU)
     finish(spawn("train.py", *options, b, "--max_iters=5", env=ON_GPU))
     interrupted = newest(tmp_path / "b")
-    assert interrupted["skipped"] > 0 and interrupted["scaler"]["scale"] < 65536
+    assert interrupted["optimizer"]["state"][0]["step"] < 5  # some updates were skipped
+    assert interrupted["scaler"]["scale"] < 65536
     finish(spawn("train.py", *options, b, "--init_from=resume", env=ON_GPU))
     finish(uninterrupted)
-    assert_same_state(newest(tmp_path / "a"), newest(tmp_path / "b"))
+    assert_same_run(tmp_path / "a", tmp_path / "b")
     assert len(newest(tmp_path / "a")["muon"]["state"]) == 8  # updates have reached both
 
 

@@ -51,7 +51,6 @@ def test_importing_changes_nothing_outside(script, monkeypatch):
 
 @pytest.mark.parametrize("changes", [
     dict(n_head=5), dict(n_layer=0), dict(vocab_size=-1), dict(dropout=1.0), dict(dropout=-0.1),
-    dict(n_embd=3.5), dict(n_head="4"), dict(block_size=True),
 ])
 def test_impossible_shapes_are_refused(changes):
     name, = changes
@@ -71,13 +70,8 @@ def test_initialization():
             std = 0.02 / 4 if name.endswith("c_proj.weight") else 0.02  # sqrt(2 * 8 layers) = 4
             assert p.std().item() == pytest.approx(std, rel=0.05), name
             assert abs(p.mean().item()) < 0.001, name
-
-
-def test_loss_of_a_new_model_is_that_of_uniform_predictions():
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=64, vocab_size=512, n_layer=8, n_head=4, n_embd=128))
     loss = model(torch.randint(512, (4, 64)), torch.randint(512, (4, 64)))[1]
-    assert loss.item() == pytest.approx(math.log(512), abs=0.1)
+    assert loss.item() == pytest.approx(math.log(512), abs=0.1)  # that of uniform predictions
 
 
 def test_parameters_and_flops_of_gpt2():
@@ -91,7 +85,7 @@ def test_parameters_and_flops_of_gpt2():
 
 def test_mfu_is_a_fraction_of_the_peak(monkeypatch):
     model = small_model()
-    assert model.estimate_mfu(1, 1.0) is None  # the peak of a CPU is not known
+    assert math.isnan(model.estimate_mfu(1, 1.0))  # the peak of a CPU is not known
     monkeypatch.setattr("model.peak_flops", lambda device: 1e9)
     # 3 sequences of 16 tokens in half a second
     expected = 3 * 16 * model.flops_per_token() / 0.5 / 1e9
@@ -149,6 +143,21 @@ def test_dropout_in_training_only():
     assert not torch.equal(model(idx)[0], model(idx)[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_checkpointing_changes_no_gradient(dtype):
+    """With dropout, whose masks must be drawn again alike."""
+    model, idx = small_model(dropout=0.2).train(), random_tokens(2, 17)
+    grads = []
+    for model.gradient_checkpointing in (False, True):
+        torch.manual_seed(1)
+        model.zero_grad()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32, cache_enabled=False):
+            loss = model(idx[:, :-1], idx[:, 1:])[1]
+        loss.backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert all(map(torch.equal, *grads))
+
+
 def test_attention_of_matrix_products_agrees_with_pytorch():
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 3, 9, 8, requires_grad=True).unbind(0)
@@ -178,20 +187,16 @@ def test_model_in_bfloat16_is_near_the_one_in_float32():
     assert (logits - expected).abs().max() < 0.05 * expected.abs().max()
 
 
-def test_input_longer_than_the_context_is_refused():
-    with pytest.raises(ValueError, match="17 tokens.*block_size=16"):
-        small_model()(torch.zeros(1, 17, dtype=torch.long))
-
-
 def test_crop_block_size_keeps_the_logits():
     model, idx = small_model(), random_tokens(1, 6)
     expected = model(idx)[0]
     model.crop_block_size(6)
     assert torch.equal(model(idx)[0], expected)
-    assert model.config.block_size == 6
     for block_size in (0, 7):
         with pytest.raises(ValueError, match=f"block_size={block_size}"):
             model.crop_block_size(block_size)
+    with pytest.raises(ValueError, match="7 tokens.*block_size=6"):
+        model(random_tokens(1, 7))
 
 
 # ---- sampling ----
@@ -227,18 +232,15 @@ def test_full_context_is_continued_from_its_later_half(prompt_length):
     assert torch.equal(model.generate(idx, 40, temperature=0), expected)
 
 
-def test_context_of_one_token_can_be_sampled_from():
+def test_shortest_contexts():
     model = small_model(block_size=1)
     idx = torch.zeros(1, 1, dtype=torch.long)
     expected = idx
     for _ in range(5):
         expected = torch.cat([expected, greedy_token(model, expected[:, -1:])], dim=1)
     assert torch.equal(model.generate(idx, 5, temperature=0), expected)
-
-
-def test_empty_prompt_is_refused():
     with pytest.raises(ValueError, match="is empty: give at least one token"):
-        small_model().generate(torch.zeros(2, 0, dtype=torch.long), 5)
+        model.generate(torch.zeros(2, 0, dtype=torch.long), 5)
 
 
 @pytest.mark.parametrize("options, expected", [
@@ -266,15 +268,11 @@ def test_sampled_frequencies(options, expected):
     assert [f > 0 for f in frequencies] == [p > 0 for p in expected]
 
 
-def test_tokens_from_the_limit_on_are_never_drawn_and_stopped_sequences_stay_so():
-    idx = torch.zeros(4, 1, dtype=torch.long)
+def test_tokens_from_the_limit_on_are_never_drawn():
     torch.manual_seed(0)
-    out = small_model().generate(idx, 200, temperature=50.0, vocab_limit=7, stop_token=5)
-    assert out.max() < 7
-    assert out.size(1) < 201  # it ended soon after all had stopped
-    for tokens in out[:, 1:].tolist():
-        stop = tokens.index(5)
-        assert set(tokens[stop:]) == {5}
+    idx = torch.zeros(4, 1, dtype=torch.long)
+    out = small_model().generate(idx, 200, temperature=50.0, vocab_limit=7)
+    assert out.unique().tolist() == list(range(7))
 
 
 def test_cache_returns_all_that_was_appended():

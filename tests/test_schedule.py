@@ -20,15 +20,13 @@ def test_cosine_by_hand(train):
     assert_rates(get_lr, {0: 0.2, 3: 0.8, 4: 1.0, 6: a_quarter_down, 8: 0.6, 12: 0.2, 1000: 0.2})
 
 
-@pytest.mark.parametrize("lr_decay_iters", [2, 4])
-def test_a_decay_that_ends_before_the_warmup(train, lr_decay_iters):
-    get_lr = train("a", *RATES, "--warmup_iters=4", f"--lr_decay_iters={lr_decay_iters}")["get_lr"]
-    assert_rates(get_lr, {3: 0.8, 4: 0.2, 5: 0.2})
-
-
-def test_without_decay_the_rate_is_constant(train):
-    get_lr = train("a", *RATES, "--warmup_iters=4", "--decay_lr=False")["get_lr"]
-    assert_rates(get_lr, {0: 1.0, 4: 1.0, 1000: 1.0})
+@pytest.mark.parametrize("option, expected", [
+    ("--lr_decay_iters=2", {3: 0.8, 4: 0.2, 5: 0.2}),  # a decay that ends before the warm-up
+    ("--lr_decay_iters=4", {3: 0.8, 4: 0.2, 5: 0.2}),
+    ("--decay_lr=False", {0: 1.0, 4: 1.0, 1000: 1.0}),
+])
+def test_other_decays(train, option, expected):
+    assert_rates(train("a", *RATES, "--warmup_iters=4", option)["get_lr"], expected)
 
 
 @pytest.mark.parametrize("decay_frac, expected", [
@@ -48,16 +46,26 @@ def test_the_optimizers_use_the_rate_of_their_update(train, tmp_path):
     rates = [float(row["lr"]) for row in read_log(tmp_path / "a") if row["loss"]]
     assert rates == pytest.approx([0.01 / 3, 0.02 / 3, 0.01])
     for name, scale in (("optimizer", 1), ("muon", 3)):
-        for group in result["optimizers"][name].param_groups:
+        for group in result["state"][name].param_groups:
             assert group["lr"] == pytest.approx(0.01 * scale)
+
+
+@pytest.mark.parametrize("min_lr, says_so", [(0.0, True), (1e-5, False)])
+def test_a_rate_of_0_before_the_end_is_said(train, run, min_lr, says_so):
+    options = ["--lr_decay_iters=2", f"--min_lr={min_lr}"]
+    train("a", *options, "--max_iters=2")
+    assert "note: max_iters" not in run.out
+    train("a", "--init_from=resume", *options, "--max_iters=3")
+    note = "note: max_iters=3, but the learning rate is 0 from lr_decay_iters=2 on\n"
+    assert (note in run.out) == says_so
 
 
 @pytest.mark.parametrize("max_iters", [0, 1, 5])
 def test_a_run_makes_exactly_max_iters_updates(train, tmp_path, max_iters):
-    result = train("a", f"--max_iters={max_iters}")
-    assert result["iter_num"] == max_iters
-    steps = [state["step"] for state in result["adamw"].state.values()]
-    assert all(step == max_iters for step in steps) and bool(steps) == (max_iters > 0)
+    state = train("a", f"--max_iters={max_iters}")["state"]
+    assert state["iter_num"] == max_iters
+    steps = {int(values["step"]) for values in state["optimizer"].state.values()}
+    assert steps == ({max_iters} if max_iters > 0 else set())
     if max_iters > 0:
         assert newest(tmp_path / "a")["iter_num"] == max_iters
 
@@ -69,8 +77,8 @@ def test_muon_updates_the_matrices_of_the_blocks_and_adamw_the_rest(train):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     result = train("b", *options, "--max_iters=1")
     owners = {}
-    for key, optimizer in result["optimizers"].items():
-        for group in optimizer.param_groups:
+    for key in ("optimizer", "muon"):
+        for group in result["state"][key].param_groups:
             for parameter in group["params"]:
                 assert parameter not in owners
                 owners[parameter] = key
