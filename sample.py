@@ -11,6 +11,7 @@ from configurator import UserError, check_ranges, configure, printable, set_envi
 
 set_environment()  # before torch is imported
 
+import contextlib
 import itertools
 import os
 import signal
@@ -19,7 +20,7 @@ import sys
 import torch
 from tqdm import tqdm
 
-from data.common import export_files, make_tokenizer, read_vocabulary
+from data.common import dataset_folder, export_files, make_tokenizer, read_vocabulary
 from model import load_model
 from runtime import make_autocast, setup_device
 
@@ -55,13 +56,19 @@ if device == "mps" and torch.__version__ < (2, 12):  # pytorch issues 169222 and
                     "or later, or use --device=cpu")
 torch.backends.cuda.enable_cudnn_sdp(False)  # on Hopper it compiles attention for each length
 model, checkpoint = load_model(init_from, out_dir)
-vocabulary = checkpoint or dict(itos=None, tokenizer=None)
+vocabulary = checkpoint or read_vocabulary(init_from)
 if checkpoint and not checkpoint["data"]:  # nanoGPT's: the characters are in the data folder
-    vocabulary = read_vocabulary(checkpoint["config"].get("dataset", ""))
+    vocabulary = read_vocabulary(dataset_folder(checkpoint["config"].get("dataset", "")))
 
 if export:
     model.save_pretrained(export)
-    for name, content in export_files(vocabulary, model.config.block_size).items():
+    files = {}
+    if vocabulary["itos"] or vocabulary["tokenizer"] or model.config.vocab_size >= 50257:
+        files = export_files(vocabulary, model.config.block_size)
+    for name in ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"):
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(export, name))  # of another export
+    for name, content in files.items():
         with open(os.path.join(export, name), "wb") as file:
             file.write(content)
     print(f"wrote {', '.join(sorted(os.listdir(export)))} to {export}")

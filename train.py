@@ -118,7 +118,7 @@ backend = runtime.init_processes(rank, world_size, backend, device_type)
 # ---- data ----
 
 TRAIN, EVAL_TRAIN, EVAL_VAL, MODEL = range(4)  # streams of random bits
-vocabulary = common.read_vocabulary(dataset)
+vocabulary = common.read_vocabulary(common.dataset_folder(dataset))
 token_files, num_tokens = {}, {}  # by split
 for split in ("train", "val"):
     # Kept open: to run prepare.py again must not change a run under way.
@@ -190,6 +190,8 @@ elif init_from in ("scratch", "auto"):
 else:
     model, pretrained = load_model(init_from, out_dir, dropout=dropout)
     model.train().crop_block_size(block_size)
+    if os.path.exists(os.path.join(init_from, "tokenizer.json")):  # of an exported model
+        pretrained = dict(common.read_vocabulary(init_from), data=True)
 model.to(device)
 model.gradient_checkpointing = gradient_checkpointing
 model_args = vars(model.config)

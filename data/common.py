@@ -10,13 +10,11 @@ and None for other tokens than characters; `tokenizer`, the text of tokenizer.js
 """
 
 import atexit
-import bisect
 import contextlib
 import functools
 import hashlib
 import json
 import math
-import operator
 import os
 import pickle
 import re
@@ -97,9 +95,9 @@ def write_vocabulary(folder, vocabulary):
         Path(folder, "tokenizer.json").write_text(tokenizer, encoding="utf-8")
 
 
-def encode_documents(documents, encode, end_token):
-    """[(document, uint16 ids ended by end-of-text)], and what the tokenizer cannot encode."""
-    encoded, skipped = [], []
+def encode_documents(documents, encode, end_token=None):
+    """(uint16 ids, of each document ended by `end_token`, documents that cannot be encoded)."""
+    parts, skipped = [np.empty(0, "<u2")], []
     for document in documents:
         try:
             ids = encode(document)
@@ -108,48 +106,54 @@ def encode_documents(documents, encode, end_token):
                 raise
             skipped.append(str(document)[:40])
             continue
-        if end_token is not None:
-            ids.append(end_token)
-        encoded.append((document, np.array(ids, "<u2")))
-    return encoded, skipped
+        end = [] if end_token is None else [end_token]
+        parts.append(np.array(ids + end, "<u2"))
+    return np.concatenate(parts), skipped
 
 
-def count_tokens(ids, decode, document, length):
-    """How many of the ids of a document it takes to have `length` characters."""
-    if len(decode(ids)) < len(document):  # its tokenizer loses some
-        length = length * len(decode(ids)) // len(document)
-    return bisect.bisect_left(
-        range(len(ids)), length, key=lambda n: len(decode(ids[:n]).rstrip("\ufffd")))
+def split_documents(documents, val_frac):
+    """
+    (documents to train on, documents held out: the last `val_frac` of all characters, whether the
+    last of the former is the beginning of the first of the latter).
+    """
+    train, val, is_cut = [], [], False
+    left = int(sum(map(len, documents)) * (1 - val_frac))  # characters to train on
+    for document in documents:
+        if left > 0:
+            train.append(document[:left])
+        if left < len(document):
+            val.append(document[max(0, left):])
+        is_cut = is_cut or 0 < left < len(document)
+        left -= len(document)
+    return train, val, is_cut
 
 
 def write_text(folder, documents, vocabulary, val_frac=0.1, end_of_text=True):
     """Writes a data set, the last `val_frac` of all characters in val.bin; returns a summary."""
-    encode, decode, _, end_token = make_tokenizer(vocabulary, vocabulary["vocab_size"])
-    encoded, skipped = encode_documents(
-        tqdm(documents, disable=None), encode, end_token if end_of_text else None)
-    left = int(sum(len(document) for document, _ in encoded) * (1 - val_frac))  # characters
-    cut = 0  # tokens in train.bin
-    for document, ids in encoded:
-        if left < len(document):
-            if not vocabulary["itos"]:  # a token may have several characters
-                left = count_tokens(ids.tolist(), decode, document, left)
-            cut += left
-            break
-        left -= len(document)
-        cut += len(ids)
-    ids = np.concatenate([np.empty(0, "<u2"), *(ids for _, ids in encoded)])
-    summary = f"train.bin {cut:,} tokens, val.bin {len(ids) - cut:,}"
-    if skipped:
-        summary += f"; skipped {len(skipped)} that cannot be encoded, such as {skipped[0]!r}"
-    if not 0 < cut < len(ids):
-        raise UserError(f"too little text: {summary}")
-    if vocabulary["itos"]:
-        summary = f"{len(vocabulary['itos'])} characters; {summary}"
+    encode, _, _, end_token = make_tokenizer(vocabulary, vocabulary["vocab_size"])
+    counts, all_skipped = [], []
+    end_token = end_token if end_of_text else None
+    train, val, is_cut = split_documents(documents, val_frac)
     with replace_dataset(folder) as tmp_folder:
-        ids[:cut].tofile(tmp_folder / "train.bin")
-        ids[cut:].tofile(tmp_folder / "val.bin")
+        for name, part in (("train", train), ("val", val)):
+            ids, skipped = encode_documents(tqdm(part, name, disable=None), encode, end_token)
+            if name == "train" and is_cut and end_token is not None:
+                ids = ids[:-1]  # its last document goes on in val.bin
+            if len(ids) == 0:
+                raise UserError(f"too little text: {name}.bin would be empty"
+                                + describe_skipped(skipped))
+            ids.tofile(tmp_folder / f"{name}.bin")
+            counts.append(f"{name}.bin {len(ids):,} tokens")
+            all_skipped += skipped
         write_vocabulary(tmp_folder, vocabulary)
-    return summary
+    characters = f"{len(vocabulary['itos'])} characters; " if vocabulary["itos"] else ""
+    return characters + ", ".join(counts) + describe_skipped(all_skipped)
+
+
+def describe_skipped(skipped):
+    if not skipped:
+        return ""
+    return f"; skipped {len(skipped)} that cannot be encoded, such as {skipped[0]!r}"
 
 
 # ---- reading ----
@@ -218,10 +222,6 @@ class PlainUnpickler(pickle.Unpickler):
     """Unpickles containers, strings and numbers only: a stranger's file must not run code."""
 
     def find_class(self, module, name):
-        if (module, name) == ("numpy", "dtype"):
-            return np.dtype
-        if module.startswith("numpy.") and name == "scalar":
-            return np.int64(0).__reduce__()[0]
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not plain data")
 
 
@@ -258,6 +258,8 @@ def read_tokenizer(path):
         raise ValueError(f"{vocab_size:,} tokens are too many: ids must fit uint16")
     if content == characters_json(itos):
         return dict(vocab_size=vocab_size, itos=itos, tokenizer=None)
+    if vocab_size == 50257 and itos[262] == "\u0120the" and itos[50256] == END_OF_TEXT:
+        return dict(GPT2)  # as in GPT-2's own folders
     return dict(vocab_size=vocab_size, itos=None, tokenizer=tokenizer)
 
 
@@ -265,29 +267,37 @@ def read_meta(path):
     """The vocabulary in a meta.pkl."""
     with open(path, "rb") as file:
         meta = PlainUnpickler(file).load()
-    vocab_size = operator.index(meta["vocab_size"])  # an int, NumPy's too
-    itos = {operator.index(i): str(c) for i, c in meta.get("itos", {}).items()}
-    return dict(vocab_size=vocab_size, itos=itos, tokenizer=None)
+    itos = {int(i): str(character) for i, character in meta.get("itos", {}).items()}
+    return dict(vocab_size=int(meta["vocab_size"]), itos=itos, tokenizer=None)
 
 
 def tokenizer_of(path):
-    """The vocabulary that `--tokens` names: 'gpt2', a tokenizer.json, or a folder with one."""
+    """
+    The vocabulary that `--tokens` names: 'gpt2', a tokenizer.json, or a folder with one, a data
+    set's, an exported model's or a run's.
+    """
     if path == "gpt2":
         return dict(GPT2)
     path = Path(path)
-    for name in ("meta.pkl", "tokenizer.json"):
+    for name in ("last.pt", "ckpt.pt", "meta.pkl", "tokenizer.json"):
         if (path / name).exists():
             path = path / name
     try:
+        if path.suffix == ".pt":
+            import torch
+            run = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            vocab_size = run["config"]["vocab_size"]
+            if run["itos"] is None and run["tokenizer"] is None:
+                return dict(GPT2)
+            return dict(vocab_size=vocab_size, itos=run["itos"], tokenizer=run["tokenizer"])
         return read_meta(path) if path.suffix == ".pkl" else read_tokenizer(path)
     except Exception as error:  # a damaged file can raise anything
         raise UserError(f"cannot read {str(path)!r}: {type(error).__name__}: {error}") from None
 
 
-def read_vocabulary(dataset):
-    """The vocabulary of a data set."""
-    folder = dataset_folder(dataset)
-    if (folder / "meta.pkl").exists() or (folder / "tokenizer.json").exists():
+def read_vocabulary(folder):
+    """The vocabulary of a data set, or of an exported model: GPT-2's if the folder has none."""
+    if any(Path(folder, name).exists() for name in ("meta.pkl", "tokenizer.json")):
         return tokenizer_of(folder)
     return dict(GPT2)
 
@@ -296,13 +306,14 @@ def check_vocabulary(dataset, vocabulary, vocab_size, checkpoint):
     """Raises UserError if a model, or its checkpoint, has other tokens than the data set."""
     num_ids = vocabulary["vocab_size"]
     is_padded_gpt2 = num_ids == 50257 < vocab_size and vocabulary["itos"] is None
-    if vocab_size != num_ids and not is_padded_gpt2:
-        raise UserError(f"the model has a vocabulary of {vocab_size}, the data set {dataset!r} one "
-                        f"of {num_ids}: use a data set of the same tokenizer")
-    if checkpoint and checkpoint["data"]:  # nanoGPT's checkpoints have none
-        if any(checkpoint[key] != vocabulary[key] for key in ("itos", "tokenizer")):
-            raise UserError(f"the data set {dataset!r} has other characters or another tokenizer "
-                            "than the model: use its own data set, or start anew")
+    same_size = vocab_size == num_ids or is_padded_gpt2
+    # nanoGPT's checkpoints have no data
+    is_known = checkpoint is not None and checkpoint["data"] is not None
+    same_tokens = not is_known or all(checkpoint[k] == vocabulary[k] for k in ("itos", "tokenizer"))
+    if not same_size or not same_tokens:
+        raise UserError(f"the model, with a vocabulary of {vocab_size}, has other tokens than the "
+                        f"data set {dataset!r}, with one of {num_ids}: prepare it with the model's "
+                        "(data/text/prepare.py --tokens=FOLDER of the model), or start anew")
 
 
 # ---- tokenizers ----
@@ -370,8 +381,6 @@ def make_tokenizer(vocabulary, vocab_size):
 
         num_ids = max(tokenizer.get_vocab().values()) + 1
         end_token = tokenizer.token_to_id(END_OF_TEXT)
-        if end_token is None:
-            end_token = tokenizer.token_to_id("</s>")
     elif itos:
         stoi = {character: i for i, character in itos.items()}
 

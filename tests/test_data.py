@@ -317,13 +317,15 @@ def test_text_in_gpt2_tokens_equals_tokenizing_whole_files(run, documents, tmp_p
     with open(folder / "c.txt", "a") as file:
         file.write("<|endoftext|>" + SPACES)
     (tmp_path / "meta.pkl").write_bytes(b"of characters, from an earlier run")
-    run("data/text/prepare.py", folder, "--tokens=gpt2", f"--out_dir={tmp_path}")
+    run("data/text/prepare.py", folder, "--tokens=gpt2", "--val_frac=1e-5", f"--out_dir={tmp_path}")
     bpe = common.gpt2_bpe()
     expected = []
-    for text in texts.values():
-        expected += bpe.encode(text, allowed_special="all") + [50256]
+    for name in ("a.txt", "b.txt", "c.txt"):
+        expected += bpe.encode(texts[name], allowed_special="all") + [50256]
     train_ids, val_ids = read_ids(tmp_path)
-    assert train_ids + val_ids == expected
+    assert train_ids[:len(expected)] == expected
+    # the last one is cut in two: no end of text comes in between
+    assert bpe.decode(train_ids[len(expected):] + val_ids) == texts["d.txt"] + "<|endoftext|>"
     assert f"skipped 1 that cannot be encoded, such as {SPACES[:40]!r}" in run.out
     assert sorted(os.listdir(tmp_path)) == [".lock", "texts", "train.bin", "val.bin"]
 
@@ -349,7 +351,7 @@ def test_every_kind_of_tokens_holds_out_the_same_text(tmp_path, text):
     (["{}/one.txt"], "too little text"),
     (["{}/one.txt", "--tokens=gpt2"], "too little text"),
     (["{}/spaces.txt", "--tokens=gpt2"], "too little text.*skipped 1"),
-    (["{}/photos"], "too little text: train.bin 0"),
+    (["{}/photos"], "too little text: train.bin would be"),
 ])
 def test_text_names_what_is_wrong(run, tmp_path, arguments, named):
     (tmp_path / "photos").mkdir()
@@ -477,9 +479,8 @@ def test_meta_that_would_run_code_is_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("content", [
-    b"", b"\x80", pickle.dumps([]), pickle.dumps({}), pickle.dumps({"vocab_size": "1"}),
+    b"", b"\x80", pickle.dumps([]), pickle.dumps({}), pickle.dumps({"vocab_size": "one"}),
     pickle.dumps({"vocab_size": np.float64(65)}), pickle.dumps({"vocab_size": 1, "itos": ["a"]}),
-    pickle.dumps({"vocab_size": 1, "itos": {0.0: "a"}}),
 ])
 def test_damaged_meta_is_named(tmp_path, content):
     (tmp_path / "meta.pkl").write_bytes(content)
@@ -487,19 +488,14 @@ def test_damaged_meta_is_named(tmp_path, content):
         common.read_vocabulary(tmp_path)
 
 
-@pytest.mark.parametrize("protocol", [3, 4, 5])
-@pytest.mark.parametrize("kind", [int, np.int64, np.uint16])
-def test_meta_with_types_of_numpy_is_read_as_plain_types(tmp_path, kind, protocol):
-    itos = {kind(i): character for i, character in enumerate(np.unique(list("hello")))}
+def test_vocabularies_come_from_meta_or_are_gpt2s(tmp_path):
+    itos = dict(enumerate("ehlo"))
     for meta, expected in (
-        ({"vocab_size": kind(4), "itos": itos}, dict(enumerate("ehlo"))),
-        ({"vocab_size": kind(4)}, {}),  # tokens of an unknown tokenizer
+        ({"vocab_size": 4, "itos": itos}, itos),
+        ({"vocab_size": 4}, {}),  # tokens of an unknown tokenizer
     ):
-        (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta, protocol))
-        vocabulary = common.read_vocabulary(tmp_path)
-        assert vocabulary == dict(vocab_size=4, itos=expected, tokenizer=None)
-        plain = [vocabulary["vocab_size"], *vocabulary["itos"], *vocabulary["itos"].values()]
-        assert {type(value) for value in plain} <= {int, str}
+        (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
+        assert common.read_vocabulary(tmp_path) == dict(vocab_size=4, itos=expected, tokenizer=None)
     (tmp_path / "meta.pkl").unlink()
     assert common.read_vocabulary(tmp_path) == dict(vocab_size=50257, itos=None, tokenizer=None)
 
@@ -613,8 +609,8 @@ def test_a_tokenizer_that_panics_is_survived_but_ctrl_c_is_not():
         return [1]
 
     for error in (Panic(), ValueError()):  # noqa: B007
-        encoded, skipped = common.encode_documents(["bad", "fine"], encode, end_token=2)
-        assert skipped == ["bad"] and [ids.tolist() for _, ids in encoded] == [[1, 2]]
+        ids, skipped = common.encode_documents(["bad", "fine"], encode, end_token=2)
+        assert skipped == ["bad"] and ids.tolist() == [1, 2]
     error = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
         common.encode_documents(["bad"], encode, end_token=2)
@@ -729,7 +725,7 @@ def test_a_foreign_tokenizer_adds_cuts_off_and_pads_nothing(tmp_path):
     vocabulary = common.tokenizer_of(tmp_path)
     encode, decode, num_ids, end_token = common.make_tokenizer(vocabulary, 64)
     ids = encode("once upon a time")
-    assert num_ids == vocabulary["vocab_size"] <= 60 and end_token == 2
+    assert num_ids == vocabulary["vocab_size"] <= 60 and end_token is None
     assert len(ids) == 4
     assert decode(ids) == "".join(decode([i]) for i in ids) == " once upon a time"  # as streamed
     with pytest.raises(ValueError, match="the model 20"):

@@ -25,7 +25,6 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
 import datasets
-import numpy as np
 import pyarrow
 from huggingface_hub import constants
 from pyarrow import parquet
@@ -137,8 +136,7 @@ def start_worker(split, vocabulary):
 def tokenize(start):
     """The token ids of a batch of documents, uint16, and the documents that are skipped."""
     documents = worker_documents[start:start + BATCH]["text"]
-    encoded, skipped = common.encode_documents(documents, encode, end_token)
-    return np.concatenate([np.empty(0, "<u2"), *(ids for _, ids in encoded)]), skipped
+    return common.encode_documents(documents, encode, end_token)
 
 
 def on_signal(number, frame):
@@ -176,4 +174,4 @@ if __name__ == "__main__":  # worker processes may import this file
             print(f"{name}.bin {num_tokens:,} tokens")
         common.write_vocabulary(tmp_folder, vocabulary)
     if all_skipped:
-        print(f"skipped {len(all_skipped)} that cannot be encoded, such as {all_skipped[0]!r}")
+        print(common.describe_skipped(all_skipped).removeprefix("; "))
