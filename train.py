@@ -127,8 +127,6 @@ data_fingerprint = common.fingerprint(dataset)
 num_eval_sequences = eval_iters * batch_size  # of each split
 if eval_iters == 0:
     num_eval_sequences = (min(num_tokens.values()) - 1) // block_size
-    num_targets = num_eval_sequences * block_size
-    bytes_per_token = common.bytes_per_token(vocabulary, token_files["val"], num_targets)
 micro_steps = range(rank, gradient_accumulation_steps, world_size)  # those of this process
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 
@@ -189,9 +187,8 @@ elif init_from in ("scratch", "auto"):
     model = GPT(GPTConfig(**model_args))
 else:
     model, pretrained = load_model(init_from, out_dir, dropout=dropout)
+    pretrained = pretrained or common.exported_vocabulary(init_from)
     model.train().crop_block_size(block_size)
-    if os.path.exists(os.path.join(init_from, "tokenizer.json")):  # of an exported model
-        pretrained = dict(common.read_vocabulary(init_from), data=True)
 model.to(device)
 model.gradient_checkpointing = gradient_checkpointing
 model_args = vars(model.config)
@@ -215,11 +212,8 @@ saved_iter = None  # the iteration of the latest ckpt.pt or last.pt
 if checkpoint:
     restore(state, checkpoint)
     saved_iter = state["iter_num"]
-    old_data = checkpoint["data"] or {}  # nanoGPT's checkpoints have none
-    if not old_data.items() <= data_fingerprint.items():
-        print(f"note: the data set {dataset!r} is not the one that the checkpoint was trained on; "
-              "the best val loss starts anew")
-        state["best_val_loss"] = 1e9
+    if not common.is_same_data(dataset, data_fingerprint, checkpoint):
+        state["best_val_loss"] = 1e9  # losses cannot be compared
     checkpoint = None  # frees the memory
 scaler = state["scaler"]
 optimizers = [value for value in state.values() if isinstance(value, torch.optim.Optimizer)]
@@ -378,9 +372,10 @@ while True:
         if stopping:  # the evaluation is repeated on resume
             break
         line = f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}"
-        if eval_iters == 0 and bytes_per_token:
-            bits_per_byte = losses["val"] / math.log(2) / bytes_per_token
-            line += f", {bits_per_byte:.4f} bits per byte"
+        if eval_iters == 0:
+            num_targets = num_eval_sequences * block_size
+            bits = common.bits_per_byte(losses["val"], vocabulary, token_files["val"], num_targets)
+            line += f", {bits:.4f} bits per byte" if bits else ""
         if eval_only:
             print(line)
             break

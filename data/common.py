@@ -302,6 +302,23 @@ def read_vocabulary(folder):
     return dict(GPT2)
 
 
+def exported_vocabulary(folder):
+    """The vocabulary in the folder of an exported model, as of a checkpoint; None without any."""
+    if Path(folder, "tokenizer.json").exists():
+        return dict(tokenizer_of(folder), data={})
+    return None
+
+
+def is_same_data(dataset, data_fingerprint, checkpoint):
+    """Whether a checkpoint was trained on this data set; says so if not."""
+    old = checkpoint["data"] or {}  # nanoGPT's checkpoints have none
+    is_same = old.items() <= data_fingerprint.items()
+    if not is_same:
+        print(f"note: the data set {dataset!r} is not the one that the checkpoint was trained on; "
+              "the best val loss starts anew")
+    return is_same
+
+
 def check_vocabulary(dataset, vocabulary, vocab_size, checkpoint):
     """Raises UserError if a model, or its checkpoint, has other tokens than the data set."""
     num_ids = vocabulary["vocab_size"]
@@ -437,20 +454,20 @@ def export_files(vocabulary, block_size):
     return files | {"tokenizer_config.json": json.dumps(config, indent=2).encode()}
 
 
-def bytes_per_token(vocabulary, file, num_tokens):
+def bits_per_byte(loss, vocabulary, file, num_tokens):
     """
-    Mean UTF-8 bytes of the tokens 1 to `num_tokens` in a .bin file, the targets of a model that
-    reads them all; end-of-text has none. None if the tokens are not known by their bytes.
+    A loss in nats per token as bits per UTF-8 byte, over the tokens 1 to `num_tokens` of a .bin
+    file: the targets of a model that reads them all. End-of-text has no bytes. None if the tokens
+    are not known by theirs.
     """
-    tokenizer = vocabulary["tokenizer"]
-    if vocabulary["itos"]:
-        lengths = [len(character.encode()) for _, character in sorted(vocabulary["itos"].items())]
+    itos, tokenizer = vocabulary["itos"], vocabulary["tokenizer"]
+    if itos:
+        lengths = [len(itos[i].encode()) for i in range(len(itos))]
     elif tokenizer and '"ByteLevel"' in tokenizer:  # a character of a token stands for a byte
-        tokens = json.loads(tokenizer)["model"]["vocab"]
         lengths = [0] * vocabulary["vocab_size"]
-        for token, i in tokens.items():
+        for token, i in json.loads(tokenizer)["model"]["vocab"].items():
             lengths[i] = 0 if token == END_OF_TEXT else len(token)
-    elif tokenizer is None and vocabulary["itos"] is None:
+    elif vocabulary == GPT2:
         try:
             bpe = gpt2_bpe()
         except UserError:  # offline
@@ -459,4 +476,4 @@ def bytes_per_token(vocabulary, file, num_tokens):
     else:
         return None
     targets = np.memmap(file, dtype="<u2", mode="r")[1 : num_tokens + 1]
-    return np.array(lengths)[targets].sum() / num_tokens
+    return loss / math.log(2) * num_tokens / np.array(lengths)[targets].sum()
