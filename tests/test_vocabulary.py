@@ -1,0 +1,151 @@
+"""
+Tokens on their way: from a data set into checkpoints, samples, exported folders and the next run,
+and bits per byte, by which losses of different tokens can be compared.
+"""
+
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import newest
+
+from data import common
+from model import GPT, GPTConfig, load_model
+
+TEXT = "Es war einmal ein König — Ἐν ἀρχῇ ἦν ὁ λόγος. हिन्दी 日本語 🙂 the end.\n" * 60
+OPTIONS = """
+    --n_layer=1 --n_head=2 --n_embd=16 --block_size=8 --batch_size=7 --gradient_accumulation_steps=1
+    --max_iters=3 --eval_interval=3 --eval_iters=0 --device=cpu --dtype=float32
+""".split()
+
+
+@pytest.fixture(params=["characters", "bpe", "gpt2"])
+def tokens(request):
+    return request.param
+
+
+@pytest.fixture
+def prepared(run, tmp_path, tokens):
+    """A data set of TEXT in tokens of each kind, made by data/text/prepare.py."""
+    (tmp_path / "my.txt").write_text(TEXT, encoding="utf-8")
+    run("data/text/prepare.py", tmp_path / "my.txt", f"--tokens={tokens}", "--vocab_size=300",
+        f"--out_dir={tmp_path / 'data'}")
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def out_dir(run, tmp_path, prepared):
+    """The folder of a run on that data set. What the run printed is in run.out."""
+    run("train.py", *OPTIONS, f"--dataset={prepared}", f"--out_dir={tmp_path / 'run'}")
+    return tmp_path / "run"
+
+
+def test_bits_per_byte_are_the_nats_of_val_over_its_bytes(run, prepared, out_dir):
+    """Computed from the decoded text, and the plain forward pass of one sequence after another."""
+    printed = float(re.findall(r"step 3: .*, ([\d.]+) bits per byte", run.out)[0])
+    vocabulary = common.read_vocabulary(prepared)
+    _, decode, _, end_token = common.make_tokenizer(vocabulary, vocabulary["vocab_size"])
+    ids = np.fromfile(prepared / "val.bin", "<u2").astype(int)
+    model, _ = load_model("resume", str(out_dir))
+    num_sequences = (min(len(ids), (prepared / "train.bin").stat().st_size // 2) - 1) // 8
+    nats = 0.0
+    for k in range(num_sequences):
+        window = torch.tensor(ids[8 * k : 8 * k + 9])[None]
+        nats += 8 * model(window[:, :-1], window[:, 1:])[1].item()
+    # bytes by differences, as a token may end within a character
+    before, until = ([i for i in ids[:n].tolist() if i != end_token]
+                     for n in (1, 8 * num_sequences + 1))
+    raw = decode(until).encode()
+    num_bytes = len(raw) - len(decode(before).encode())
+    assert printed == pytest.approx(nats / math.log(2) / num_bytes, abs=2e-4 + 4 / num_bytes)
+
+
+def test_a_checkpoint_carries_its_tokens(run, prepared, out_dir):
+    """Sampling needs no data folder, and encodes a prompt as the data set was encoded."""
+    vocabulary = common.read_vocabulary(prepared)
+    for key in ("itos", "tokenizer"):
+        assert newest(out_dir)[key] == vocabulary[key]
+    for path in prepared.iterdir():
+        path.unlink()
+    arguments = ["--start=the end", "--max_new_tokens=5", "--num_samples=2", "--device=cpu"]
+    run("sample.py", f"--out_dir={out_dir}", *arguments)
+    assert run.out.count("the end") >= 2
+    first = run.out
+    run("sample.py", f"--init_from={out_dir}", *arguments)
+    assert run.out == first
+
+
+def test_a_run_starts_from_another_one(run, tmp_path, prepared, out_dir):
+    """With its weights and tokens, from iteration 0."""
+    before = newest(out_dir)
+    run("train.py", *OPTIONS, f"--dataset={prepared}", f"--init_from={out_dir}", "--max_iters=0",
+        f"--out_dir={tmp_path / 'next'}")
+    assert "from iteration 0\n" in run.out
+    after = newest(tmp_path / "next")
+    for name, weight in before["model"].items():
+        assert torch.equal(after["model"][name], weight)
+    assert after["optimizer"]["state"] == {}
+
+
+def test_new_text_can_be_prepared_with_the_tokens_of_a_run(run, tmp_path, prepared, out_dir):
+    (tmp_path / "new.txt").write_text(TEXT[::-1], encoding="utf-8")
+    run("data/text/prepare.py", tmp_path / "new.txt", f"--tokens={out_dir}",
+        f"--out_dir={tmp_path / 'new'}")
+    assert common.read_vocabulary(tmp_path / "new") == common.read_vocabulary(prepared)
+
+
+@pytest.mark.parametrize("source", ["run", "exported"])
+def test_other_tokens_than_the_models_are_an_error(run, tmp_path, tokens, out_dir, source):
+    if tokens == "gpt2":
+        pytest.skip("all data of GPT-2's tokens fit")
+    folder = out_dir
+    if source == "exported":
+        folder = tmp_path / "exported"
+        with pytest.raises(SystemExit):
+            run("sample.py", f"--out_dir={out_dir}", f"--export={folder}")
+    (tmp_path / "other.txt").write_text(TEXT.replace("w", "W"))
+    run("data/text/prepare.py", tmp_path / "other.txt", f"--tokens={tokens}", "--vocab_size=300",
+        f"--out_dir={tmp_path / 'other'}")
+    with pytest.raises(ValueError, match="has other tokens than the data set .*--tokens=FOLDER"):
+        run("train.py", *OPTIONS, f"--dataset={tmp_path / 'other'}", f"--init_from={folder}",
+            f"--out_dir={tmp_path / 'next'}")
+
+
+def test_an_exported_folder_opens_in_transformers_with_its_tokens(run, tmp_path, tokens, out_dir):
+    """The same ids and the same greedy text, by AutoTokenizer and pipeline."""
+    import transformers
+
+    folder = tmp_path / "exported"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text("of another export")
+    with pytest.raises(SystemExit):
+        run("sample.py", f"--out_dir={out_dir}", f"--export={folder}")
+    assert (folder / "model.safetensors").stat().st_mode & 0o777 == 0o644
+    vocabulary = newest(out_dir)
+    encode, decode, _, _ = common.make_tokenizer(vocabulary, vocabulary["config"]["vocab_size"])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert tokenizer(TEXT[:200])["input_ids"] == encode(TEXT[:200])
+    pipe = transformers.pipeline("text-generation", str(folder), device="cpu")
+    theirs = pipe("the", max_new_tokens=4, do_sample=False)[0]["generated_text"]
+    model, _ = load_model("resume", str(out_dir))
+    idx = torch.tensor([encode("the")])
+    ours = model.generate(idx, 4, temperature=0, vocab_limit=50257)[0].tolist()
+    assert decode(ours) == theirs
+    # and here
+    run("sample.py", f"--init_from={folder}", "--start=the", "--max_new_tokens=4",
+        "--num_samples=1", "--temperature=0", "--device=cpu", "--dtype=float32")
+    assert run.out.startswith(theirs)
+
+
+def test_a_model_that_is_no_gpt2_any_more_is_not_exported(tmp_path):
+    shape = GPTConfig(8, 28, 1, 2, 16)
+    untied, wider, renamed = GPT(shape), GPT(shape), GPT(shape)
+    untied.lm_head.weight = torch.nn.Parameter(torch.ones_like(untied.lm_head.weight))
+    wider.transformer.h[0].mlp.c_fc = torch.nn.Linear(16, 80)
+    renamed.extra = torch.nn.Linear(2, 2)
+    for model, named in ((untied, "lm_head"), (wider, "h.0.mlp.c_fc"), (renamed, "extra")):
+        with pytest.raises(ValueError, match=f"only a GPT-2 can be exported.*{named}"):
+            model.save_pretrained(str(tmp_path / "exported"))
+    assert not (tmp_path / "exported").exists()
