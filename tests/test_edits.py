@@ -39,7 +39,7 @@ class Copy:
                 sys.modules.pop(name, None)
             sys.stdout = sys.stderr = open("output", "a", buffering=1)
             function(*arguments)
-            sys.exit()
+            sys.exit(0)
         (self.folder / "output").write_text("")
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = str(free.getsockname()[1])
