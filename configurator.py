@@ -74,7 +74,7 @@ def configure(settings, paths=None):
                 raise UserError(f"unknown setting {key!r} in {argument!r}; did you mean "
                                 f"{nearest}? ({hint})")
             config[key] = check_type(key, value, defaults[key])
-            if key in PATHS:
+            if key in PATHS and isinstance(config[key], str):
                 config[key] = os.path.expanduser(config[key])
             given_settings.add(key)
     settings.update(config)
