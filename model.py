@@ -57,9 +57,8 @@ def projection(n_in, config):
 
 
 def embedding(num_ids, n_embd):
-    layer = skip_init(nn.Embedding, num_ids, n_embd)
-    nn.init.normal_(layer.weight, std=0.02)
-    return layer
+    weight = torch.empty(num_ids, n_embd).normal_(std=0.02)
+    return nn.Embedding.from_pretrained(weight, freeze=False)
 
 
 class KVCache:
