@@ -56,8 +56,15 @@ TINY = """
     --max_iters=8 --eval_interval=3 --eval_iters=3 --learning_rate=0.01 --lr_decay_iters=8
     --warmup_iters=2 --device=cpu --dtype=float32
 """.split()
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2,
+           signal.SIGPIPE)  # that scripts handle
 TIME_COLUMNS = ("tokens_per_s", "time_ms", "mfu")
 VOCAB = "\n abcdefghijklmnopqrstuvwxyz"
+
+
+def pytest_configure(config):
+    """Runs that fail in this process leave their data files open."""
+    config.addinivalue_line("filterwarnings", "ignore:unclosed file:ResourceWarning")
 
 
 def make_dataset(folder):
@@ -100,11 +107,8 @@ def run(monkeypatch, capfd):
     def run(script, *arguments):
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
         monkeypatch.setattr(common, "lock_folder", remember_lock)
-        excepthook = sys.excepthook
-        stdout = sys.stdout
-        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2,
-                   signal.SIGPIPE)
-        handlers = [signal.getsignal(number) for number in numbers]
+        excepthook, stdout = sys.excepthook, sys.stdout
+        handlers = {number: signal.getsignal(number) for number in SIGNALS}
         try:
             return runpy.run_path(str(ROOT / script), run_name="__main__")
         except Exception as error:  # what Python does when it ends with an error
@@ -112,7 +116,7 @@ def run(monkeypatch, capfd):
             raise
         finally:
             run.out, run.err = capfd.readouterr()
-            for number, handler in zip(numbers, handlers, strict=True):
+            for number, handler in handlers.items():
                 signal.signal(number, handler)
             sys.excepthook, sys.stdout = excepthook, stdout
             runtime.stop_signal = 0
@@ -168,9 +172,9 @@ def interrupt_at(monkeypatch, update, number=signal.SIGTERM, rank="0"):
 # ---- in forks of this process, where torch is loaded already ----
 
 
-def fork(*arguments, script="train.py", before=None, **env):
+def fork(*arguments, before=None, **env):
     """
-    Starts a script in a fork, without its output to stdout; returns the process id. The fork calls
+    Starts train.py in a fork, without its output to stdout; returns the process id. The fork calls
     `before` first.
     """
     pid = os.fork()
@@ -179,13 +183,13 @@ def fork(*arguments, script="train.py", before=None, **env):
     try:
         os.environ.update(env)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.argv = [script, *map(str, arguments)]
+        sys.argv = ["train.py", *map(str, arguments)]
         if before is not None:
             before()
-        runpy.run_path(str(ROOT / script), run_name="__main__")
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
         os._exit(0)
     except SystemExit as stop:
-        os._exit(stop.code or 0)
+        os._exit(stop.code)
     except BaseException as error:
         sys.excepthook(type(error), error, error.__traceback__)
     finally:
@@ -197,22 +201,24 @@ def wait(pid):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def world(processes, *arguments, codes=None, before=None):
-    """
-    Trains a tiny run in several forks, as torchrun would start them, and waits for its end. `codes`
-    are the exit codes, 0 by default.
-    """
-    pids = []
+def fork_world(processes, *arguments, before=None):
+    """Trains a tiny run in several forks, as torchrun would start them; returns the exit codes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
+    pids = []
     for rank in map(str, range(processes)):
         env = {}
         if processes > 1:
             env = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=str(processes),
                        MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         pids.append(fork(*TINY, *arguments, before=before, **env))
-    assert [wait(pid) for pid in pids] == (codes or [0] * processes)
+    return [wait(pid) for pid in pids]
+
+
+def world(processes, *arguments, before=None):
+    """Trains a tiny run to its end in several forks."""
+    assert fork_world(processes, *arguments, before=before) == [0] * processes
 
 
 # ---- as a user would ----
@@ -283,19 +289,19 @@ def assert_same_run(a, b):
 def assert_same_state(a, b):
     """Two checkpoints have the same weights, optimizer states and counters, bit for bit."""
     assert a.keys() == b.keys()
-    for key in ("iter_num", "best_val_loss", "scaler"):
-        assert a[key] == b[key], key
-    assert a["model"].keys() == b["model"].keys()
-    for name in a["model"]:
-        assert torch.equal(a["model"][name], b["model"][name]), name
-    for optimizer in ("optimizer", "muon"):
-        if optimizer not in a:
-            continue
-        states, other_states = a[optimizer]["state"], b[optimizer]["state"]
-        assert states.keys() == other_states.keys()
-        for i in states:
-            assert states[i].keys() == other_states[i].keys()
-            for key in states[i]:
-                value = torch.as_tensor(states[i][key])
-                other = torch.as_tensor(other_states[i][key])
-                assert torch.equal(value, other), (optimizer, i, key)
+    for key in ("iter_num", "best_val_loss", "scaler", "model"):
+        assert_equal(a[key], b[key], key)
+    for key in ("optimizer", "muon"):
+        if key in a:  # their options may differ, as a learning rate is set before an update
+            assert_equal(a[key]["state"], b[key]["state"], key)
+
+
+def assert_equal(a, b, name):
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), name
+        for key in a:
+            assert_equal(a[key], b[key], f"{name} {key}")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), name
+    else:
+        assert a == b, name

@@ -7,6 +7,7 @@ compares: the end must be that of a run that nobody disturbed, bit for bit.
 """
 
 import ast
+import contextlib
 import os
 import random
 import signal
@@ -22,6 +23,7 @@ from conftest import (
     assert_same_run,
     assert_same_state,
     fork,
+    fork_world,
     load,
     make_dataset,
     newest,
@@ -31,6 +33,7 @@ from conftest import (
 
 import runtime
 from checkpoint import load_checkpoint
+from model import GPT
 
 # ---- SIGKILL at random moments ----
 
@@ -40,59 +43,28 @@ OPTIONS = [*TINY, "--dropout=0.1", "--n_embd=64", "--gradient_accumulation_steps
 
 def is_saving(out_dir, start_time):
     """Whether a checkpoint is being written; older temporary files are leftovers of a kill."""
-    for path in out_dir.glob("*.tmp"):
-        try:
-            if path.stat().st_mtime > start_time:
-                return True
-        except FileNotFoundError:  # just renamed
-            pass
+    with contextlib.suppress(FileNotFoundError):  # just renamed
+        return any(path.stat().st_mtime > start_time for path in out_dir.glob("*.tmp"))
     return False
-
-
-def exit_code(pid):
-    """None while the process runs."""
-    done, status = os.waitpid(pid, os.WNOHANG)
-    return os.waitstatus_to_exitcode(status) if done else None
-
-
-def wait_until(pid, condition, deadline):
-    """Waits for condition() or the deadline. Returns the exit code if the process ends first."""
-    while not condition() and time.monotonic() < deadline:
-        code = exit_code(pid)
-        if code is not None:
-            return code
-        time.sleep(0.0003)
-    return None
 
 
 def run_and_kill(options, out_dir, seconds, rng):
     """
-    Starts a run, and kills it within `seconds` or in one of its first saves. Returns its exit code,
-    and whether it was killed while it saved.
+    Starts a run and kills it within `seconds`, or in the first save after that. Returns its exit
+    code, and whether it was killed while it saved.
     """
     start_time = time.time()
-    pid = fork(*options, "--init_from=auto")
-    deadline = time.monotonic() + rng.uniform(0, seconds)
-
-    def saving():
-        return is_saving(out_dir, start_time)
-
-    def not_saving():
-        return not saving()
-
-    if rng.random() < 0.5:
-        code = wait_until(pid, lambda: False, deadline)
-    else:
-        conditions = [saving, not_saving] * rng.randrange(6) + [saving]
-        for condition in conditions:
-            code = wait_until(pid, condition, deadline + 2)
-            if code is not None:
-                break
-        time.sleep(rng.uniform(0, 0.01))
-    if code is not None:
-        return code, False
+    pid = fork(*options, f"--out_dir={out_dir}", "--init_from=auto")
+    end_time = start_time + rng.uniform(0, seconds)
+    in_a_save = rng.random() < 0.5
+    while time.time() < end_time or (in_a_save and not is_saving(out_dir, start_time)):
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:  # before it could be killed
+            return os.waitstatus_to_exitcode(status), False
+        time.sleep(0.0003)
+    time.sleep(rng.uniform(0, 0.005))
     os.kill(pid, signal.SIGKILL)
-    return wait(pid), saving()
+    return wait(pid), is_saving(out_dir, start_time)
 
 
 def hunt(dataset, folder, num_kills, seed=0):
@@ -111,12 +83,10 @@ def hunt(dataset, folder, num_kills, seed=0):
         code = None
         had_checkpoint = False
         while code != 0:
-            out_dir_option = f"--out_dir={out_dir}"
-            code, saving = run_and_kill([*options, out_dir_option], out_dir, seconds, rng)
+            code, was_saving = run_and_kill(options, out_dir, seconds, rng)
             assert code in (0, -signal.SIGKILL), code
-            if code != 0:
-                kills += 1
-                kills_while_saving += saving
+            kills += code != 0
+            kills_while_saving += was_saving
             paths = list(out_dir.glob("*.pt"))
             assert paths or not had_checkpoint, "the checkpoint is gone"
             had_checkpoint = bool(paths)
@@ -140,21 +110,25 @@ Position = namedtuple("Position", "function line iter_num saved_iter updating")
 def call_at_lines(function):
     """From the loop on, function(Position) is called before each line of train.py that runs."""
     script = str(ROOT / "train.py")
+    names = {}  # the globals of train.py
 
     def trace(frame, event, argument):
-        if frame.f_code.co_filename != script:
+        code = frame.f_code
+        if code.co_filename != script and code is not GPT.forward.__code__:
             return None
         if event == "line":
-            names = frame.f_globals
-            function(Position(frame.f_code.co_name, frame.f_lineno, names["state"]["iter_num"],
+            function(Position(code.co_name, frame.f_lineno, names["state"]["iter_num"],
                               names["saved_iter"], names["updating"]))
         return trace
 
     call_after_error = runtime.call_after_error
 
     def call_and_trace(*args):  # the last call before the loop
+        nonlocal names
         call_after_error(*args)
-        sys._getframe(1).f_trace = trace
+        frame = sys._getframe(1)
+        names = frame.f_globals
+        frame.f_trace = trace
         sys.settrace(trace)
     runtime.call_after_error = call_and_trace
 
@@ -172,7 +146,7 @@ def list_positions(out_dir, *options, processes=1, rank="0"):
         return [Position(*ast.literal_eval(line)) for line in file]
 
 
-def disturb(index, what, rank="0", quiet=False):
+def disturb(index, what, rank="0"):
     """For `before` of `fork`: at line `index`, an error if `what` is None, else this signal."""
     def call_at_line():
         index_of_line = -1
@@ -185,40 +159,33 @@ def disturb(index, what, rank="0", quiet=False):
                 if what is None:
                     raise RuntimeError("an error on purpose")
                 os.kill(os.getpid(), what)
-        if quiet:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         if os.environ.get("RANK", "0") == rank:
             call_at_lines(disturb_once)
     return call_at_line
 
 
-def expected_iter_num(position):
-    """The iteration that an error leaves to resume from; None if there is no checkpoint."""
-    if position.updating or position.iter_num == 0:
-        return position.saved_iter
-    return position.iter_num
-
-
-def check_line(index, position, what, undisturbed, out_dir, *options):
+def check_line(index, position, what, undisturbed, out_dir, *options, processes=1, rank="0"):
     """
     Disturbs a run at a line, and compares what it leaves and the end of the resumed run. Returns
     the iteration it was resumed from, None without a checkpoint.
     """
     options = [*options, f"--out_dir={out_dir}"]
-    code = wait(fork(*TINY, *options, before=disturb(index, what, quiet=True)))
+    codes = fork_world(processes, *options, before=disturb(index, what, rank))
     left = newest(out_dir)
     iter_num = left["iter_num"] if left else None
     if what is None:
-        codes = (1,)
-        assert iter_num == expected_iter_num(position), (iter_num, position)
+        expected_code = 1
+        if position.updating or position.iter_num == 0:
+            assert iter_num == position.saved_iter, position
+        else:  # the other processes may have made one more update
+            assert 0 <= iter_num - position.iter_num < processes, (iter_num, position)
     else:
-        codes = (128 + what,)
+        expected_code = 128 + what
         # a signal that comes after the stop flag of an update is seen in the next one
         assert 0 <= iter_num - position.iter_num <= 2, (iter_num, position)
-    if position.iter_num == MAX_ITERS:
-        codes += (0,)  # too late to stop, or in the picture
-    assert code in codes, (code, position)
-    world(1, *options, "--init_from=auto")
+    is_too_late = position.iter_num == MAX_ITERS  # to stop, or in the picture
+    assert all(code == expected_code or (code == 0 and is_too_late) for code in codes), position
+    world(processes, *options, "--init_from=auto")
     assert_same_run(out_dir, undisturbed)
     assert_same_state(load(out_dir, "ckpt.pt"), load(undisturbed, "ckpt.pt"))
     return iter_num
@@ -245,11 +212,16 @@ def check_lines(dataset, folder, every=1):
 
 if __name__ == "__main__":
     mode = sys.argv[1] if len(sys.argv) > 1 else "100"
-    with tempfile.TemporaryDirectory() as name:
-        make_dataset(Path(name))
-        if mode == "lines":
-            summary = f"{check_lines(name, Path(name))} errors and signals"
-        else:
-            kills, kills_while_saving, runs = hunt(name, Path(name), int(mode))
-            summary = f"{kills} kills, {kills_while_saving} of them while saving, in {runs} runs"
+    stderr = os.dup(2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # of the runs
+    try:
+        with tempfile.TemporaryDirectory() as name:
+            make_dataset(Path(name))
+            if mode == "lines":
+                summary = f"{check_lines(name, Path(name))} errors and signals"
+            else:
+                kills, kills_while_saving, runs = hunt(name, Path(name), int(mode))
+                summary = f"{kills} kills, {kills_while_saving} while saving, in {runs} runs"
+    finally:
+        os.dup2(stderr, 2)
     print(f"{summary}: each ended as the undisturbed one, bit for bit")

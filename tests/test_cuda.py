@@ -18,6 +18,19 @@ EXACT = [*TINY, "--device=cuda", "--deterministic=True", *DROPOUT, "--n_head=1",
 OVERFLOW = ["--block_size=2", "--batch_size=1", "--gradient_accumulation_steps=1"]
 
 
+def run_twice(dataset, tmp_path, *options):
+    """Trains once without a break and once with one; both end alike. Returns its checkpoint."""
+    options = [*EXACT, f"--dataset={dataset}", *options]
+    a, b = f"--out_dir={tmp_path / 'a'}", f"--out_dir={tmp_path / 'b'}"
+    uninterrupted = spawn("train.py", *options, a, env=ON_GPU)
+    finish(spawn("train.py", *options, b, "--max_iters=5", env=ON_GPU))
+    at_the_break = newest(tmp_path / "b")
+    finish(spawn("train.py", *options, b, "--init_from=resume", env=ON_GPU))
+    finish(uninterrupted)
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    return at_the_break
+
+
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("options", [
     ["--dtype=bfloat16"],
@@ -25,27 +38,13 @@ OVERFLOW = ["--block_size=2", "--batch_size=1", "--gradient_accumulation_steps=1
     ["--dtype=float16", *MUON],
 ])
 def test_deterministic_run_resumes_bitwise(dataset, tmp_path, options, compile):
-    options = [*EXACT, f"--dataset={dataset}", f"--compile={compile}", *options]
-    a, b = f"--out_dir={tmp_path / 'a'}", f"--out_dir={tmp_path / 'b'}"
-    uninterrupted = spawn("train.py", *options, a, env=ON_GPU)
-    finish(spawn("train.py", *options, b, "--max_iters=5", env=ON_GPU))
-    finish(spawn("train.py", *options, b, "--init_from=resume", env=ON_GPU))
-    finish(uninterrupted)
-    assert_same_run(tmp_path / "a", tmp_path / "b")
+    run_twice(dataset, tmp_path, f"--compile={compile}", *options)
 
 
 def test_the_scale_of_float16_is_lowered_and_resumed_with_two_optimizers(dataset, tmp_path):
-    options = [*EXACT, f"--dataset={dataset}", "--dtype=float16", *MUON, *OVERFLOW,
-               "--compile=False"]
-    a, b = f"--out_dir={tmp_path / 'a'}", f"--out_dir={tmp_path / 'b'}"
-    uninterrupted = spawn("train.py", *options, a, env=ON_GPU)
-    finish(spawn("train.py", *options, b, "--max_iters=5", env=ON_GPU))
-    interrupted = newest(tmp_path / "b")
-    assert interrupted["optimizer"]["state"][0]["step"] < 5  # some updates were skipped
-    assert interrupted["scaler"]["scale"] < 65536
-    finish(spawn("train.py", *options, b, "--init_from=resume", env=ON_GPU))
-    finish(uninterrupted)
-    assert_same_run(tmp_path / "a", tmp_path / "b")
+    saved = run_twice(dataset, tmp_path, "--dtype=float16", "--compile=False", *MUON, *OVERFLOW)
+    assert saved["optimizer"]["state"][0]["step"] < 5  # some updates were skipped
+    assert saved["scaler"]["scale"] < 65536
     assert len(newest(tmp_path / "a")["muon"]["state"]) == 8  # updates have reached both
 
 

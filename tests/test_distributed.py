@@ -12,6 +12,7 @@ from conftest import (
     TINY,
     assert_same_run,
     finish,
+    fork_world,
     interrupt_at,
     newest,
     read_log,
@@ -34,29 +35,24 @@ def assert_logs_agree(a, b, rel):
                 assert float(cell) == pytest.approx(float(other_row[column]), rel=rel), column
 
 
-@pytest.mark.parametrize("processes", [2, 3, 5])
+@pytest.mark.parametrize("processes, options, rel", [
+    (2, DROPOUT, 1e-5),
+    (3, DROPOUT, 1e-5),
+    (5, DROPOUT, 1e-5),
+    (2, MUON, 1e-3),  # it computes in bfloat16
+    (2, [*MUON, "--dtype=float16"], 1e-2),
+])
 def test_several_processes_do_what_one_does_and_continue_its_run(
-        train, dataset, tmp_path, processes):
+        train, dataset, tmp_path, processes, options, rel):
     one, several = tmp_path / "one", tmp_path / "several"
-    options = [f"--dataset={dataset}", f"--gradient_accumulation_steps={2 * processes}", *DROPOUT]
+    options = [*options, f"--dataset={dataset}", f"--gradient_accumulation_steps={2 * processes}"]
     train("one", *options)
     world(processes, *options, f"--out_dir={several}")
-    assert_logs_agree(read_log(one), read_log(several), rel=1e-5)
+    assert_logs_agree(read_log(one), read_log(several), rel)
     # each continues the run of the other
     train("several", *options, "--max_iters=10", "--init_from=resume")
     world(processes, *options, f"--out_dir={one}", "--max_iters=10", "--init_from=resume")
-    assert_logs_agree(read_log(one), read_log(several), rel=1e-5)
-
-
-@pytest.mark.parametrize("dtype, rel", [
-    ("float32", 1e-3),  # Muon computes in bfloat16
-    ("float16", 1e-2),
-])
-def test_two_processes_with_muon_do_what_one_does(train, dataset, tmp_path, dtype, rel):
-    options = [f"--dtype={dtype}", *MUON]
-    train("one", *options)
-    world(2, f"--dataset={dataset}", f"--out_dir={tmp_path / 'two'}", *options)
-    assert_logs_agree(read_log(tmp_path / "one"), read_log(tmp_path / "two"), rel)
+    assert_logs_agree(read_log(one), read_log(several), rel)
 
 
 @pytest.mark.parametrize("processes", [2, 3, 4, 5])
@@ -67,7 +63,7 @@ def test_several_processes_resume_bitwise(dataset, tmp_path, monkeypatch, proces
     options += [f"--out_dir={tmp_path / 'b'}"]
     with monkeypatch.context() as patch:
         interrupt_at(patch, 4, rank="1")  # the others get no signal
-        world(processes, *options, codes=[128 + signal.SIGTERM] * processes)
+        assert fork_world(processes, *options) == [128 + signal.SIGTERM] * processes
     assert newest(tmp_path / "b")["iter_num"] == 4
     world(processes, *options, "--init_from=resume")
     assert_same_run(tmp_path / "a", tmp_path / "b")
@@ -76,21 +72,17 @@ def test_several_processes_resume_bitwise(dataset, tmp_path, monkeypatch, proces
 # ---- under torchrun ----
 
 
-def test_under_torchrun_only_the_master_process_prints(dataset, tmp_path):
-    process = spawn("train.py", *TINY, f"--dataset={dataset}", f"--out_dir={tmp_path / 'a'}",
-                    processes=2)
-    out, _ = finish(process)
-    lines = out.splitlines()
-    for start in ("0.01M parameters", "step 0:", "iter 7:", "step 8:", "best val loss"):
-        assert len([line for line in lines if line.startswith(start)]) == 1, start
-
-
-def test_an_error_under_torchrun_shows_its_line_and_no_traceback_of_ours(dataset, tmp_path):
-    process = spawn("train.py", *TINY, f"--dataset={dataset}", "--gradient_accumulation_steps=3",
-                    processes=2, cwd=tmp_path)
-    _, err = finish(process, code=1)
+def test_under_torchrun_a_line_is_printed_once_and_an_error_has_no_traceback(dataset, tmp_path):
+    options = [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path / 'a'}"]
+    process = spawn("train.py", *options, processes=2)
+    options[-1] += "b"
+    failing = spawn("train.py", *options, "--gradient_accumulation_steps=3", processes=2)
+    _, err = finish(failing, code=1)
     assert "error: gradient_accumulation_steps=3 is not divisible by 2 processes" in err
     assert f'{ROOT / "train.py"}", line' not in err
+    lines = finish(process)[0].splitlines()
+    for start in ("0.01M parameters", "step 0:", "iter 7:", "step 8:", "best val loss"):
+        assert len([line for line in lines if line.startswith(start)]) == 1, start
 
 
 @pytest.mark.parametrize("option, named", [
@@ -104,8 +96,9 @@ def test_processes_that_differ_are_an_error(train, dataset, tmp_path, capfd, opt
         sys.argv.append(option if option == "--out_dir=out" else option + os.environ["RANK"])
     train("0/out", "--max_iters=3")
     (tmp_path / "1").mkdir()
-    world(2, f"--dataset={dataset}", f"--out_dir={tmp_path / 'new'}", "--init_from=auto",
-          before=differ, codes=[1, 1] if named else [0, 0])
+    codes = fork_world(2, f"--dataset={dataset}", f"--out_dir={tmp_path / 'new'}",
+                       "--init_from=auto", before=differ)
+    assert codes == ([1, 1] if named else [0, 0])
     errors = capfd.readouterr().err.count(f"error: the processes differ in their {named}: ")
     assert errors == (2 if named else 0)
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT
 
-from model import GPT, GPTConfig, KVCache, causal_attention, sample_token
+from model import GPT, GPTConfig, causal_attention, sample_token
 
 SMALL = dict(block_size=16, vocab_size=61, n_layer=3, n_head=4, n_embd=32)
 
@@ -74,16 +74,13 @@ def test_initialization():
     assert loss.item() == pytest.approx(math.log(512), abs=0.1)  # that of uniform predictions
 
 
-def test_parameters_and_flops_of_gpt2():
+def test_parameters_and_flops(monkeypatch):
     with torch.device("meta"):
         model = GPT(GPTConfig(vocab_size=50257))
         without_bias = GPT(GPTConfig(bias=False))
     assert model.get_num_params(non_embedding=False) == 124_439_808
     assert model.get_num_params() == 124_439_808 - 1024 * 768
     assert without_bias.flops_per_token() == pytest.approx(855e6, rel=0.002)
-
-
-def test_mfu_is_a_fraction_of_the_peak(monkeypatch):
     model = small_model()
     assert math.isnan(model.estimate_mfu(1, 1.0))  # the peak of a CPU is not known
     monkeypatch.setattr("model.peak_flops", lambda device: 1e9)
@@ -110,20 +107,14 @@ def test_weight_decay_applies_to_matrices_only():
 
 def test_targets_give_the_loss_and_no_logits():
     model, idx = small_model(), random_tokens(2, 17)
-    logits, loss = model(idx[:, :-1])
+    x, y = idx[:, :-1], idx[:, 1:].clone()
+    logits, loss = model(x)
     assert logits.shape == (2, 16, 61) and loss is None
-    no_logits, loss = model(idx[:, :-1], idx[:, 1:])
+    no_logits, loss = model(x, y)
     assert no_logits is None
-    expected = F.cross_entropy(logits.flatten(0, 1), idx[:, 1:].flatten())
-    torch.testing.assert_close(loss, expected)
-
-
-def test_targets_of_minus_one_are_ignored():
-    model, idx = small_model(), random_tokens(1, 17)
-    targets = idx[:, 1:].clone()
-    expected = model(idx[:, :8], targets[:, :8])[1]
-    targets[:, 8:] = -1
-    torch.testing.assert_close(model(idx[:, :-1], targets)[1], expected)
+    torch.testing.assert_close(loss, F.cross_entropy(logits.flatten(0, 1), y.flatten()))
+    y[:, 8:] = -1  # ignored
+    torch.testing.assert_close(model(x, y)[1], model(x[:, :8], y[:, :8])[1])
 
 
 def test_no_position_sees_later_tokens():
@@ -134,13 +125,6 @@ def test_no_position_sees_later_tokens():
         grad, = torch.autograd.grad(model(idx)[0][0, t].sum(), x)
         seen = (grad[0] != 0).any(dim=-1)  # (T,)
         assert seen.tolist() == [position <= t for position in range(16)]
-
-
-def test_dropout_in_training_only():
-    model, idx = small_model(dropout=0.5), random_tokens(1, 16)
-    assert torch.equal(model(idx)[0], model(idx)[0])
-    model.train()
-    assert not torch.equal(model(idx)[0], model(idx)[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -175,16 +159,7 @@ def test_attention_of_matrix_products_agrees_with_pytorch():
 def test_attention_of_matrix_products_drops_weights():
     zeros, ones = torch.zeros(1, 1, 400, 8), torch.ones(1, 1, 400, 8)
     y = causal_attention(zeros, zeros, ones, 0.5)
-    assert y.mean() == pytest.approx(1, abs=0.05)
-    assert y.std() > 0.01
-
-
-def test_model_in_bfloat16_is_near_the_one_in_float32():
-    model, idx = small_model(), random_tokens(2, 16)
-    expected = model(idx)[0]
-    with torch.autocast("cpu", torch.bfloat16):
-        logits = model(idx)[0]
-    assert (logits - expected).abs().max() < 0.05 * expected.abs().max()
+    assert y.mean() == pytest.approx(1, abs=0.05) and y.std() > 0.01
 
 
 def test_crop_block_size_keeps_the_logits():
@@ -244,17 +219,14 @@ def test_shortest_contexts():
 
 
 @pytest.mark.parametrize("options, expected", [
-    (dict(), [0.4, 0.3, 0.2, 0.1]),
     (dict(top_k=0, top_p=1.0), [0.4, 0.3, 0.2, 0.1]),
     (dict(top_k=9), [0.4, 0.3, 0.2, 0.1]),
     (dict(temperature=0.5), [16 / 30, 9 / 30, 4 / 30, 1 / 30]),
-    (dict(top_k=2), [4 / 7, 3 / 7, 0, 0]),
+    (dict(top_k=2, top_p=0.95), [4 / 7, 3 / 7, 0, 0]),
     (dict(top_p=0.65), [4 / 7, 3 / 7, 0, 0]),
     (dict(top_p=0.75), [4 / 9, 3 / 9, 2 / 9, 0]),
-    (dict(top_k=2, top_p=0.95), [4 / 7, 3 / 7, 0, 0]),
     (dict(temperature=0), [1, 0, 0, 0]),
     (dict(temperature=1e-30), [1, 0, 0, 0]),
-    (dict(top_k=1), [1, 0, 0, 0]),
     (dict(top_p=1e-9), [1, 0, 0, 0]),
 ])
 def test_sampled_frequencies(options, expected):
@@ -273,12 +245,3 @@ def test_tokens_from_the_limit_on_are_never_drawn():
     idx = torch.zeros(4, 1, dtype=torch.long)
     out = small_model().generate(idx, 200, temperature=50.0, vocab_limit=7)
     assert out.unique().tolist() == list(range(7))
-
-
-def test_cache_returns_all_that_was_appended():
-    cache = KVCache(5)
-    parts = [torch.randn(2, 1, length, 4) for length in (3, 1, 1)]
-    for part in parts:
-        k, v = cache.append(part, -part)
-    assert torch.equal(k, torch.cat(parts, dim=2))
-    assert torch.equal(v, -k)

@@ -1,4 +1,4 @@
-"""The optimizer alone, against torch.optim.Muon and a case worked by hand."""
+"""The optimizer alone, against torch.optim.Muon."""
 
 import pytest
 import torch
@@ -31,9 +31,7 @@ def set_grads(seed, *models):
 
 
 def make_torch_muon(params, lr=0.01, weight_decay=0.1):
-    return torch.optim.Muon(
-        params, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
-    )
+    return torch.optim.Muon(params, lr, weight_decay, adjust_lr_fn="match_rms_adamw")
 
 
 def assert_same_training(ours, our_params, theirs, their_params, steps, seed=0):
@@ -56,15 +54,6 @@ def test_equals_torch_bit_for_bit(n_layer, n_embd):
     assert_same_training(our_muon, ours, make_torch_muon(theirs), theirs, steps)
 
 
-def test_large_matrices_one_by_one_equal_a_stack(monkeypatch):
-    stacked, single = make_params(2, 160), make_params(2, 160)
-    set_grads(0, stacked, single)
-    Muon(stacked).step()
-    monkeypatch.setattr(muon, "CPU_STACK_LIMIT", 0)
-    Muon(single).step()
-    assert all(torch.equal(a, b) for a, b in zip(stacked, single, strict=True))
-
-
 @pytest.mark.parametrize("from_torch", [True, False])
 def test_state_moves_between_torch_and_ours(tmp_path, from_torch):
     """A checkpoint of one optimizer continues in the other as in itself."""
@@ -84,24 +73,6 @@ def test_state_moves_between_torch_and_ours(tmp_path, from_torch):
     assert_same_training(optimizer, params, other, other_params, steps=2, seed=2)
 
 
-def test_matrix_with_known_singular_vectors():
-    """
-    The gradient has the singular values 3 and 1, with unit vectors along the axes. Orthogonalized
-    they are about 1, both; the update is that, times lr * 0.2 * sqrt(longer side).
-    """
-    param = torch.nn.Parameter(torch.zeros(4, 2))
-    param.grad = torch.tensor([[0.0, 3.0], [0.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
-    grad = param.grad.clone()
-    Muon([param], lr=0.5, weight_decay=0.0).step()
-    update = -param.detach() / (0.5 * 0.2 * 2)
-    assert 0.65 < update[0, 1] < 1.25
-    assert 0.65 < update[2, 0] < 1.25
-    update[0, 1] = 0
-    update[2, 0] = 0
-    assert torch.equal(update, torch.zeros(4, 2))
-    assert torch.equal(param.grad, grad)  # left alone, as optimizers do
-
-
 def test_singular_values_are_near_one_in_both_orientations():
     for shape in ((48, 16), (16, 48), (24, 24)):
         x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
@@ -110,33 +81,20 @@ def test_singular_values_are_near_one_in_both_orientations():
         assert singular_values[:, :-2].min() > 0.65  # a square matrix may have some near 0
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_weight_decay_is_decoupled(dtype):
-    """Decay shrinks the weights by lr · weight_decay; the orthogonalized update is without it."""
-    decayed, plain = make_params(*TINY), make_params(*TINY)
-    before = [param.detach().clone() for param in plain]
-    set_grads(0, decayed, plain)
-    Muon(decayed, lr=0.1, weight_decay=0.5, dtype=dtype).step()
-    Muon(plain, lr=0.1, weight_decay=0.0, dtype=dtype).step()
-    for a, b, old in zip(decayed, plain, before, strict=True):
-        torch.testing.assert_close(b - a, 0.05 * old, rtol=0, atol=1e-7)
-
-
 def test_dtype_is_that_of_the_iterations_and_survives_loading(monkeypatch):
-    computed_in = []
+    computed_in = set()
     orthogonalize = muon.orthogonalize
 
     def record_dtype(stack):
-        computed_in.append(stack.dtype)
+        computed_in.add(stack.dtype)
         return orthogonalize(stack)
-
     monkeypatch.setattr(muon, "orthogonalize", record_dtype)
     params = make_params(*TINY)
     optimizer = Muon(params, dtype=torch.float32)
     optimizer.load_state_dict(Muon(make_params(*TINY)).state_dict())
     set_grads(0, params)
     optimizer.step()
-    assert set(computed_in) == {torch.float32}
+    assert computed_in == {torch.float32}
 
 
 def test_parameters_without_gradient_stay():

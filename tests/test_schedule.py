@@ -6,38 +6,24 @@ import pytest
 import torch
 from conftest import newest, read_log
 
-RATES = ["--max_iters=0", "--learning_rate=1.0", "--min_lr=0.2"]
+WSD = ["--lr_schedule=wsd", "--lr_decay_iters=20"]
+A_QUARTER_DOWN = 0.2 + 0.8 * (1 + math.sqrt(0.5)) / 2  # of half a cosine from 1.0 to 0.2
 
 
-def assert_rates(get_lr, expected):
-    for iteration, lr in expected.items():
-        assert get_lr(iteration) == pytest.approx(lr), iteration
-
-
-def test_cosine_by_hand(train):
-    get_lr = train("a", *RATES, "--warmup_iters=4", "--lr_decay_iters=12")["get_lr"]
-    a_quarter_down = 0.2 + 0.8 * (1 + math.sqrt(0.5)) / 2
-    assert_rates(get_lr, {0: 0.2, 3: 0.8, 4: 1.0, 6: a_quarter_down, 8: 0.6, 12: 0.2, 1000: 0.2})
-
-
-@pytest.mark.parametrize("option, expected", [
-    ("--lr_decay_iters=2", {3: 0.8, 4: 0.2, 5: 0.2}),  # a decay that ends before the warm-up
-    ("--lr_decay_iters=4", {3: 0.8, 4: 0.2, 5: 0.2}),
-    ("--decay_lr=False", {0: 1.0, 4: 1.0, 1000: 1.0}),
+@pytest.mark.parametrize("options, expected", [
+    (["--lr_decay_iters=12"],
+     {0: 0.2, 3: 0.8, 4: 1.0, 6: A_QUARTER_DOWN, 8: 0.6, 12: 0.2, 1000: 0.2}),
+    (["--lr_decay_iters=2"], {3: 0.8, 4: 0.2, 5: 0.2}),  # ends before the warm-up
+    (["--lr_decay_iters=4"], {3: 0.8, 4: 0.2, 5: 0.2}),
+    (["--decay_lr=False"], {0: 1.0, 4: 1.0, 1000: 1.0}),
+    ([*WSD, "--decay_frac=0.5"], {0: 0.2, 4: 1.0, 10: 1.0, 15: 0.6, 19: 0.28, 20: 0.2, 1000: 0.2}),
+    ([*WSD, "--decay_frac=0.0"], {0: 0.2, 4: 1.0, 19: 1.0, 20: 0.2}),
+    ([*WSD, "--decay_frac=1.0"], {3: 0.8, 4: 1.0, 12: 0.6, 20: 0.2}),  # all after the warm-up
 ])
-def test_other_decays(train, option, expected):
-    assert_rates(train("a", *RATES, "--warmup_iters=4", option)["get_lr"], expected)
-
-
-@pytest.mark.parametrize("decay_frac, expected", [
-    (0.5, {0: 0.2, 3: 0.8, 4: 1.0, 10: 1.0, 15: 0.6, 19: 0.28, 20: 0.2, 1000: 0.2}),
-    (0.0, {0: 0.2, 4: 1.0, 19: 1.0, 20: 0.2}),
-    (1.0, {3: 0.8, 4: 1.0, 12: 0.6, 20: 0.2}),  # all that the warm-up leaves
-])
-def test_wsd_by_hand(train, decay_frac, expected):
-    get_lr = train("a", *RATES, "--warmup_iters=4", "--lr_decay_iters=20", "--lr_schedule=wsd",
-                   f"--decay_frac={decay_frac}")["get_lr"]
-    assert_rates(get_lr, expected)
+def test_learning_rates_by_hand(train, options, expected):
+    get_lr = train("a", "--max_iters=0", "--learning_rate=1.0", "--min_lr=0.2",
+                   "--warmup_iters=4", *options)["get_lr"]
+    assert {iteration: get_lr(iteration) for iteration in expected} == pytest.approx(expected)
 
 
 def test_the_optimizers_use_the_rate_of_their_update(train, tmp_path):
@@ -73,21 +59,15 @@ def test_a_run_makes_exactly_max_iters_updates(train, tmp_path, max_iters):
 def test_muon_updates_the_matrices_of_the_blocks_and_adamw_the_rest(train):
     options = ["--optimizer_type=muon", "--muon_lr_scale=3.0", "--weight_decay=0.0",
                "--warmup_iters=0"]
-    model = train("a", *options, "--max_iters=0")["model"]
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    result = train("b", *options, "--max_iters=1")
-    owners = {}
-    for key in ("optimizer", "muon"):
-        for group in result["state"][key].param_groups:
-            for parameter in group["params"]:
-                assert parameter not in owners
-                owners[parameter] = key
-    for name, parameter in result["model"].named_parameters():
-        is_block_matrix = ".h." in name and parameter.dim() == 2
-        assert owners[parameter] == ("muon" if is_block_matrix else "optimizer"), name
-        update = (parameter.detach() - before[name]) / 0.01  # learning_rate
+    before = train("a", *options, "--max_iters=0")["model"].state_dict()
+    state = train("b", *options, "--max_iters=1")["state"]
+    for name, p in state["model"].named_parameters():
+        is_block_matrix = ".h." in name and p.dim() == 2
+        assert (p in state["muon"].state) == is_block_matrix, name
+        assert (p in state["optimizer"].state) != is_block_matrix, name
+        update = (p.detach() - before[name]) / 0.01  # learning_rate
         if is_block_matrix:  # all singular values near muon_lr_scale * 0.2 * sqrt(larger side)
-            values = torch.linalg.svdvals(update) / (3.0 * 0.2 * math.sqrt(max(parameter.shape)))
+            values = torch.linalg.svdvals(update) / (3.0 * 0.2 * math.sqrt(max(p.shape)))
             assert values.max() < 1.3 and values.median() > 0.6, name
         elif "wte" in name:
             assert update.abs().max() < 1.01

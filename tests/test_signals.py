@@ -8,8 +8,8 @@ import pytest
 from conftest import (
     TINY,
     assert_same_run,
-    assert_same_state,
     finish,
+    fork_world,
     interrupt_at,
     newest,
     on_forward,
@@ -79,7 +79,8 @@ def test_a_signal_in_an_evaluation_is_answered_within_a_batch(
         return loss
     with monkeypatch.context() as patch:
         on_forward(patch, stop_in_evaluation)
-        world(processes, *options, f"--out_dir={tmp_path / 'a'}", codes=[TERMINATED] * processes)
+        codes = fork_world(processes, *options, f"--out_dir={tmp_path / 'a'}")
+        assert codes == [TERMINATED] * processes
     assert newest(tmp_path / "a")["iter_num"] == 3
     assert not any(row["iter"] == "3" for row in read_log(tmp_path / "a"))
     world(processes, *options, f"--out_dir={tmp_path / 'a'}", "--init_from=resume")
@@ -137,64 +138,50 @@ def test_a_closed_pipe_is_a_saved_stop(dataset, undisturbed, tmp_path):
 
 # ---- errors ----
 
-PLACES = ["estimate_loss", "load_sequences", "forward", "get_lr", "log_metrics", "save"]
 
-
-@pytest.mark.parametrize("processes, place, what", [
-    *[(processes, place, None) for place in PLACES for processes in (1, 2)],
-    (2, "load_sequences", signal.SIGKILL),
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("place, iter_num", [
+    ("get_lr", 3), ("forward", 3), ("load_sequences", 3), ("log_metrics", 3),
+    ("estimate_loss", 4), ("save", 4),  # evaluations come before updates 2 and 4
 ])
-def test_whatever_ends_the_loop_saves_the_finished_updates(
-        dataset, tmp_path, monkeypatch, capfd, processes, place, what):
-    """One process has an error, or is killed. The other one loses its connection, and saves too."""
-    is_of_evaluation = place in ("estimate_loss", "save")
-    iter_num = 4 if is_of_evaluation else 3  # evaluations, which save, come before 2 and 4
-    rank = str(processes - 1)
-    if place in ("log_metrics", "save"):
-        rank = "0"  # the only one that does anything there
+def test_an_error_anywhere_in_the_loop_loses_no_finished_update(
+        dataset, tmp_path, capfd, processes, place, iter_num):
+    """The other process loses its connection, and saves as well."""
     options = [*kill.LINES, f"--dataset={dataset}", "--max_iters=6"]
-    undisturbed, out_dir = tmp_path / "undisturbed", tmp_path / "a"
-    positions = kill.list_positions(undisturbed, *options, processes=processes, rank=rank)
-    first = [(p.function, p.iter_num) for p in positions].index
+    rank = str(processes - 1)
+    positions = kill.list_positions(tmp_path / "a", *options, processes=processes, rank=rank)
+    index = [(p.function, p.iter_num) for p in positions].index((place, iter_num))
+    kill.check_line(index, positions[index], None, tmp_path / "a", tmp_path / "b", *options,
+                    processes=processes, rank=rank)
+    num_saves = capfd.readouterr().err.count("saved last.pt before iteration ")
+    assert num_saves == (1 if place == "save" else processes)  # it had saved ckpt.pt
 
-    def fail(loss, training, number):
-        if training and number == iter_num * 2 // processes and os.environ.get("RANK", "0") == rank:
-            raise RuntimeError("an error on purpose")
-        return loss
-    before = None
-    if place != "forward":
-        before = kill.disturb(first((place, iter_num)), what, rank)
-    with monkeypatch.context() as patch:
-        if place == "forward":
-            on_forward(patch, fail)
-        codes = [1] * (processes - 1) + [1 if what is None else -what]
-        world(processes, *options, f"--out_dir={out_dir}", before=before, codes=codes)
-    other_is_ahead = processes == 2 and place == "log_metrics"  # in the next evaluation
-    assert newest(out_dir)["iter_num"] in (iter_num, iter_num + other_is_ahead)
-    num_saves = processes
-    if place == "save" or what is not None:
-        num_saves = 1
-    assert capfd.readouterr().err.count("saved last.pt before iteration ") == num_saves
-    world(processes, *options, f"--out_dir={out_dir}", "--init_from=resume")
-    assert_same_state(newest(out_dir), newest(undisturbed))
-    if not other_is_ahead:  # else log.csv may lack a row
-        assert read_log(out_dir) == read_log(undisturbed)
+
+def test_a_process_that_loses_its_peer_saves(dataset, tmp_path):
+    options = [*kill.LINES, f"--dataset={dataset}", "--max_iters=6"]
+    positions = kill.list_positions(tmp_path / "a", *options, processes=2, rank="1")
+    index = [(p.function, p.iter_num) for p in positions].index(("load_sequences", 3))
+    options += [f"--out_dir={tmp_path / 'b'}"]
+    before = kill.disturb(index, signal.SIGKILL, rank="1")
+    assert fork_world(2, *options, before=before) == [1, -signal.SIGKILL]
+    assert newest(tmp_path / "b")["iter_num"] == 3
+    world(2, *options, "--init_from=resume")
+    assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
 def test_an_error_in_the_update_itself_falls_back_to_the_latest_checkpoint(dataset, tmp_path):
     options = [*kill.LINES, f"--dataset={dataset}"]
-    undisturbed = tmp_path / "undisturbed"
-    positions = kill.list_positions(undisturbed, *options)
-    in_update = [i for i, p in enumerate(positions) if p.updating and p.iter_num == 2]
+    positions = kill.list_positions(tmp_path / "a", *options)
+    in_update = [i for i, p in enumerate(positions) if p.updating and p.saved_iter is None]
     for index in (in_update[0], in_update[-1]):
-        left = kill.check_line(index, positions[index], None, undisturbed, tmp_path / str(index),
-                               *options)
-        assert left == positions[index].saved_iter
+        left = kill.check_line(index, positions[index], None, tmp_path / "a",
+                               tmp_path / str(index), *options)
+        assert left is None
 
 
 def test_an_error_or_a_signal_at_any_line_is_survived(dataset, tmp_path):
     """All lines: `python tests/kill.py lines`."""
-    assert kill.check_lines(dataset, tmp_path, every=70) == 2 * 7
+    assert kill.check_lines(dataset, tmp_path, every=97) >= 10
 
 
 def test_a_kill_at_any_moment_leaves_a_checkpoint(dataset, tmp_path):

@@ -6,37 +6,27 @@
 #   tests/two_hosts.sh train.py config/train_shakespeare_char_cpu.py --device=cpu
 set -u
 
-host_a=hostA$$
-host_b=hostB$$
-cable_a=vethA$$
-cable_b=vethB$$
-remove_hosts() {
-  ip netns del "$host_a"
-  ip netns del "$host_b"
-} 2>/dev/null
-trap remove_hosts EXIT
+hosts=(hostA$$ hostB$$)
+cables=(vethA$$ vethB$$)
+trap 'for host in "${hosts[@]}"; do ip netns del "$host"; done 2> /dev/null' EXIT
 
-ip netns add "$host_a" || exit 77
-ip netns add "$host_b" || exit 77
-ip link add "$cable_a" type veth peer name "$cable_b" || exit 77
-
-connect() {  # host, end of the cable, address
-  ip link set "$2" netns "$1"
-  ip -n "$1" addr add "$3/24" dev "$2"
-  ip -n "$1" link set lo up
-  ip -n "$1" link set "$2" up
-}
-connect "$host_a" "$cable_a" 10.77.0.1
-connect "$host_b" "$cable_b" 10.77.0.2
+ip netns add "${hosts[0]}" && ip netns add "${hosts[1]}" &&
+  ip link add "${cables[0]}" type veth peer name "${cables[1]}" || exit 77
+for i in 0 1; do
+  ip link set "${cables[i]}" netns "${hosts[i]}"
+  ip -n "${hosts[i]}" addr add "10.77.0.$((i + 1))/24" dev "${cables[i]}"
+  ip -n "${hosts[i]}" link set lo up
+  ip -n "${hosts[i]}" link set "${cables[i]}" up
+done
 
 export OMP_NUM_THREADS=1
-run() {  # host, end of the cable, node rank, script and arguments
-  GLOO_SOCKET_IFNAME=$2 ip netns exec "$1" "${TORCHRUN:-torchrun}" \
-    --nnodes=2 --node_rank="$3" --nproc_per_node="${PROCS:-1}" \
-    --master_addr=10.77.0.1 --master_port=29511 "${@:4}"
+run() {  # node rank, script and arguments
+  GLOO_SOCKET_IFNAME=${cables[$1]} ip netns exec "${hosts[$1]}" "${TORCHRUN:-torchrun}" \
+    --nnodes=2 --node_rank="$1" --nproc_per_node="${PROCS:-1}" \
+    --master_addr=10.77.0.1 --master_port=29511 "${@:2}"
 }
-run "$host_a" "$cable_a" 0 "$@" &
+run 0 "$@" &
 first=$!
-run "$host_b" "$cable_b" 1 "$@"
+run 1 "$@"
 second_code=$?
 wait "$first" && exit "$second_code"
