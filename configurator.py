@@ -26,7 +26,7 @@ config_files = []  # paths of the config files that have run
 
 
 class UserError(ValueError):
-    """A mistake of the user: shown in one line, without a traceback. Say how to mend it."""
+    """A mistake of the user: shown in one line, without a traceback. Say how to fix it."""
 
 
 def set_environment():
@@ -154,14 +154,14 @@ def check_choice(key, value, choices):
         raise UserError(f"{key}={value!r} is none of {', '.join(map(repr, choices))}")
 
 
-def restore_settings(config, checkpoint, of_this_machine):
+def restore_settings(config, checkpoint, not_restored):
     """
     Updates `config` on resume: settings that were not given now come from the checkpoint, except
-    those named in `of_this_machine`. Given ones win, but for the model's shape. Prints changes.
+    those named in `not_restored`. Given ones win, but for the model's shape. Prints changes.
     """
     shape = checkpoint["model_args"].keys() - {"dropout"}
     for key, old_value in (checkpoint["config"] | checkpoint["model_args"]).items():
-        if key not in config or key in of_this_machine:
+        if key not in config or key in not_restored:
             continue
         is_changed = key in given_settings and config[key] != old_value
         if is_changed and key not in shape:

@@ -93,9 +93,9 @@ checkpoint = None
 if init_from in ("resume", "auto"):
     checkpoint = read_checkpoint(out_dir, required=init_from == "resume")
 if checkpoint:
-    # Given settings win, the others come from the checkpoint, except these.
-    of_this_machine = ("out_dir", "init_from", "eval_only", "device", "compile", "backend")
-    restore_settings(config, checkpoint, of_this_machine)
+    # Given settings win, the others come from the checkpoint, except those of this command.
+    not_restored = ("out_dir", "init_from", "eval_only", "device", "compile", "backend")
+    restore_settings(config, checkpoint, not_restored)
     globals().update(config)
 
 check_ranges(config, "eval_interval log_interval gradient_accumulation_steps batch_size", 1)
@@ -121,7 +121,7 @@ TRAIN, EVAL_TRAIN, EVAL_VAL, MODEL = range(4)  # streams of random bits
 vocabulary = common.read_vocabulary(common.dataset_folder(dataset))
 token_files, num_tokens = {}, {}  # by split
 for split in ("train", "val"):
-    # Kept open: to run prepare.py again must not change a run under way.
+    # Keep the files open, so that rerunning prepare.py cannot change this run.
     token_files[split], num_tokens[split] = common.open_tokens(dataset, split, block_size)
 data_fingerprint = common.fingerprint(dataset)
 num_eval_sequences = eval_iters * batch_size  # of each split
@@ -256,7 +256,7 @@ def estimate_loss():
             results[start + k] = loss * (len(x) / batch_size)  # a short batch counts for less
     compiled_model.train()
     results[-1] = float(runtime.stop_requested())
-    # One process's value plus zeros for each batch: no sum depends on the number of processes.
+    # A batch has its loss from one process and zeros from the others: no sum depends on how many.
     *losses, stop_flag = runtime.all_reduce_sum(results).tolist()
     if stop_flag > 0:
         return None
@@ -317,7 +317,7 @@ def save(name, on_any_process=False):
 def save_after_error():
     """Writes last.pt when an error has ended the loop, so that no finished update is lost."""
     if not updating and skipped_in_a_row == 0 and state["iter_num"] not in (0, saved_iter):
-        save("last.pt", on_any_process=True)  # the one with the error, as rank 0 may hang
+        save("last.pt", on_any_process=True)  # rank 0 may be stuck
         print(f"saved last.pt before iteration {state['iter_num']}", file=sys.stderr)
 
 
@@ -352,6 +352,7 @@ if not eval_only:
 
 # ---- the loop ----
 
+diverged = False
 first_iter = state["iter_num"]
 num_updates = 0  # since the last log line
 eval_seconds = 0.0  # of the latest evaluation
@@ -379,14 +380,15 @@ while True:
         if eval_only:
             print(line)
             break
-        may_save = iter_num > 0 and skipped_in_a_row == 0 and math.isfinite(losses["val"])
         # An equal loss is that of a resumed run, whose ckpt.pt an error may have prevented.
-        if losses["val"] <= state["best_val_loss"] and skipped_in_a_row == 0:
+        is_best = skipped_in_a_row == 0 and losses["val"] <= state["best_val_loss"]
+        is_finite = skipped_in_a_row == 0 and math.isfinite(losses["val"])
+        if is_best:
             state["best_val_loss"] = losses["val"]
-            if may_save:
-                save("ckpt.pt")
-                line += ", saved ckpt.pt"
-        elif always_save_checkpoint and may_save and saved_iter != iter_num:
+        if is_best and iter_num > 0:
+            save("ckpt.pt")
+            line += ", saved ckpt.pt"
+        elif always_save_checkpoint and is_finite and iter_num > 0 and saved_iter != iter_num:
             save("last.pt")
             line += ", saved last.pt"
         print(line)
@@ -394,6 +396,7 @@ while True:
         eval_seconds = time.perf_counter() - eval_start
         t0 += eval_seconds
     if last_step:
+        diverged = not math.isfinite(losses["val"])
         break
 
     # ---- forward and backward ----
@@ -453,7 +456,7 @@ while True:
         for optimizer in optimizers:
             scaler.step(optimizer)
         skipped_in_a_row = 0
-    else:  # what is not finite must not reach the weights, on any process
+    else:  # on all processes: nothing that is not finite may reach the weights
         skipped_in_a_row += 1
         print(f"iter {iter_num}: loss or gradient is not finite, update skipped "
               f"({skipped_in_a_row} in a row)")
@@ -462,29 +465,29 @@ while True:
     updating = False
     # ---- to here ----
     model.zero_grad(set_to_none=world_size == 1)  # in DDP, gradients stay in its buckets
-    if stopping or skipped_in_a_row == 25:  # float16's scaler skips up to 17 to find its scale
+    diverged = skipped_in_a_row == 25  # float16's scaler skips up to 17 to find its scale
+    if stopping or diverged:
         break
 
 # ---- the end ----
 
 exit_code = 0
 if not eval_only:
-    last_loss_is_bad = last_step and not stopping and not math.isfinite(losses["val"])
-    diverged = skipped_in_a_row == 25 or last_loss_is_bad
     if skipped_in_a_row == 0 and not diverged and saved_iter != state["iter_num"]:
         save("last.pt")
     summary = f"time {datetime.timedelta(seconds=int(time.perf_counter() - start_time))}"
     if state["best_val_loss"] < 1e9:
         summary = f"best val loss {state['best_val_loss']:.4f}, {summary}"
     print(summary)
-    way = "scratch" if saved_iter is None else "resume"
-    command = f"python train.py --out_dir={shlex.quote(out_dir)} --init_from={way}"
+    command = f"python train.py --out_dir={shlex.quote(out_dir)} --init_from=resume"
+    if saved_iter is None:
+        command = "start again, nothing was saved"
     if diverged:
         exit_code = 1
         if master_process:
             print(f"error: loss or gradient is not finite at iteration {iter_num}; to go on from "
-                  f"iteration {saved_iter or 0}: {command}, with --compile=False if it was "
-                  "compiled, a lower learning_rate or another dtype", file=sys.stderr)
+                  f"iteration {saved_iter or 0}: {command}, with a lower learning_rate, another "
+                  "dtype or --compile=False", file=sys.stderr)
     elif stopping:
         number = runtime.stop_signal or signal.SIGTERM
         exit_code = 128 + number
