@@ -154,29 +154,23 @@ def on_forward(monkeypatch, function):
     monkeypatch.setattr(GPT, "forward", patched)
 
 
-def interrupt_at(monkeypatch, update, number=signal.SIGTERM, rank="0"):
-    """A real signal to the process of a rank in the middle of update `update`, counted from 1."""
-    get_total_norm = torch.nn.utils.get_total_norm
-    updates = 0
-
-    def patched(*args, **kwargs):
-        nonlocal updates
-        updates += 1
-        if updates == update and os.environ.get("RANK", "0") == rank:
+def interrupt_at(monkeypatch, micro_batch, number=signal.SIGTERM, rank="0"):
+    """A signal to the process of a rank, or an error (None), in the micro-batch of this number."""
+    def interrupt(loss, training, count):
+        if training and count == micro_batch and os.environ.get("RANK", "0") == rank:
+            if number is None:
+                raise RuntimeError("an error on purpose")
             assert signal.getsignal(number) != signal.SIG_DFL, "the signal would end the tests"
             signal.raise_signal(number)
-        return get_total_norm(*args, **kwargs)
-    monkeypatch.setattr(torch.nn.utils, "get_total_norm", patched)
+        return loss
+    on_forward(monkeypatch, interrupt)
 
 
 # ---- in forks of this process, where torch is loaded already ----
 
 
 def fork(*arguments, before=None, **env):
-    """
-    Starts train.py in a fork, without its output to stdout; returns the process id. The fork calls
-    `before` first.
-    """
+    """Starts train.py in a fork, which calls `before` first, without its stdout; returns its id."""
     pid = os.fork()
     if pid > 0:
         return pid
@@ -225,10 +219,7 @@ def world(processes, *arguments, before=None):
 
 
 def spawn(script, *arguments, processes=None, max_restarts=0, **options):
-    """
-    Starts a script in another process, or with torchrun in several. Returns the Popen object,
-    to be given to `finish`; `options` are Popen's.
-    """
+    """Starts a script in another process, or with torchrun in several; `options` are Popen's."""
     command = [sys.executable]
     if processes:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
@@ -239,7 +230,7 @@ def spawn(script, *arguments, processes=None, max_restarts=0, **options):
 
 
 def finish(process, code=0):
-    """Waits for a process of `spawn`; returns what it printed to stdout and to stderr."""
+    """Waits for a process of `spawn`; returns its stdout and stderr."""
     out, err = process.communicate(timeout=240)
     assert process.returncode == code, out + err
     return out, err
@@ -278,6 +269,15 @@ def newest(out_dir):
 
 def load(out_dir, name):
     return checkpoint.load_checkpoint(str(out_dir / name))
+
+
+def assert_logs_agree(a, b, rel):
+    """The logs in two folders are alike up to rounding."""
+    rows, other_rows = read_log(a), read_log(b)
+    for column in rows[0]:
+        cells = [float(row[column] or "nan") for row in rows]
+        other_cells = [float(row[column] or "nan") for row in other_rows]
+        assert cells == pytest.approx(other_cells, rel=rel, nan_ok=True), column
 
 
 def assert_same_run(a, b):

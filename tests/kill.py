@@ -62,7 +62,7 @@ def run_and_kill(options, out_dir, seconds, rng):
         if done:  # before it could be killed
             return os.waitstatus_to_exitcode(status), False
         time.sleep(0.0003)
-    time.sleep(rng.uniform(0, 0.005))
+    time.sleep(rng.uniform(0, 0.002))
     os.kill(pid, signal.SIGKILL)
     return wait(pid), is_saving(out_dir, start_time)
 

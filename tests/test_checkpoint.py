@@ -12,7 +12,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same_state, load, newest, on_forward
+from conftest import assert_same_state, interrupt_at, load, newest
 
 import checkpoint as checkpoint_module
 from checkpoint import back_up, load_optimizer, save_checkpoint
@@ -32,9 +32,6 @@ def out_dir(train, tmp_path):
 def contents(folder):
     """{name: bytes} of the files in a folder, but for the lock, which is empty."""
     return {path.name: path.read_bytes() for path in folder.glob("*") if path.name != ".lock"}
-
-
-# ---- content ----
 
 
 def test_content_is_what_readers_of_nanogpts_checkpoints_expect(train, dataset, tmp_path):
@@ -70,9 +67,6 @@ def test_a_checkpoint_of_nanogpt_resumes(train, out_dir, tmp_path):
     train("b", "--init_from=resume")
     train("c")
     assert_same_state(newest(tmp_path / "b"), newest(tmp_path / "c"))
-
-
-# ---- saving ----
 
 
 def test_saving_replaces_the_old_checkpoint_by_a_rename(tmp_path):
@@ -142,9 +136,7 @@ UNUSABLE = {
     "del saved['config']": "ckpt.pt.*config",
     "saved['best_val_loss'] = 'low'": "ckpt.pt.*low",
     "saved['config']['beta1'] = 1.5": "beta1=1.5 must be from 0 to 0.999999",
-    "saved['config']['grad_clip'] = '1'": "'grad_clip' must be of type float",
     "saved['model_args']['n_layer'] = 3": "weights do not fit.*transformer.h.2",
-    "saved['model_args']['n_embd'] = 32": "weights do not fit",
     "saved['model_args']['rope'] = True": "the model has rope=True, and GPTConfig no such field",
     "del saved['model']['transformer.ln_f.weight']": "weights do not fit.*transformer.ln_f.weight",
     "saved['model']['extra'] = torch.ones(1)": "weights do not fit.*extra",
@@ -174,20 +166,17 @@ def test_an_optimizers_state_is_copied_and_its_options_are_those_set_now():
     adamw = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
     adamw.step()
     saved = adamw.state_dict()
-    shape = saved["state"][0]["exp_avg"].shape
-    saved["state"][0]["exp_avg"] = torch.tensor(0.5, dtype=torch.float64).expand(shape)
-    saved["state"][1]["exp_avg_sq"] = saved["state"][1]["exp_avg_sq"].t().contiguous().t()
+    moments = saved["state"][0]
+    moments["exp_avg"] = torch.tensor(0.5, dtype=torch.float64).expand(moments["exp_avg"].shape)
+    moments["exp_avg_sq"] = moments["exp_avg_sq"].t().contiguous().t()
     for group in saved["param_groups"]:
         group.update(weight_decay=0.5, betas=(0.1, 0.2))
     load_optimizer(adamw, saved)
-    state = list(adamw.state.values())
-    assert (state[0]["exp_avg"] == 0.5).all()
-    assert torch.equal(state[1]["exp_avg_sq"], saved["state"][1]["exp_avg_sq"])
-    for moments in state:
-        for name in ("exp_avg", "exp_avg_sq"):
-            assert moments[name].is_contiguous() and moments[name].dtype == torch.float32
-    memory = {moments["exp_avg"].data_ptr() for moments in saved["state"].values()}
-    assert not memory & {moments["exp_avg"].data_ptr() for moments in state}
+    loaded = next(iter(adamw.state.values()))
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert torch.equal(loaded[name], moments[name].float())
+        assert loaded[name].is_contiguous() and loaded[name].dtype == torch.float32
+        assert loaded[name].data_ptr() != moments[name].data_ptr()
     assert [group["weight_decay"] for group in adamw.param_groups] == [0.1, 0.0]
     assert adamw.param_groups[0]["betas"] == (0.9, 0.95)
     with pytest.raises(ValueError, match="optimizer state .*resume with the optimizer"):
@@ -222,23 +211,17 @@ def test_resume_takes_the_newer_of_best_and_latest(two_checkpoints, capfd):
     assert capfd.readouterr().out == ""
 
 
-@pytest.mark.parametrize("damage", [flip_bit, truncate])
 @pytest.mark.parametrize("name, iter_num", [("last.pt", 3), ("ckpt.pt", 5)])
-def test_resume_passes_over_a_damaged_checkpoint(two_checkpoints, capfd, damage, name, iter_num):
-    damage(two_checkpoints / name)
+def test_resume_passes_over_a_damaged_checkpoint(two_checkpoints, train, capfd, name, iter_num):
+    flip_bit(two_checkpoints / name)
     assert newest(two_checkpoints)["iter_num"] == iter_num
     note = capfd.readouterr().out
     if name == "last.pt":  # work is lost, which must be said
         assert re.match(r"note: .*last\.pt.*; using .*ckpt\.pt' instead\n$", note)
-
-
-def test_without_a_usable_checkpoint_a_resume_is_an_error(two_checkpoints, train):
-    truncate(two_checkpoints / "last.pt")
-    flip_bit(two_checkpoints / "ckpt.pt")
+    for path in two_checkpoints.glob("*.pt"):
+        truncate(path)
     with pytest.raises(ValueError, match="cannot use the checkpoint"):
         train("a", "--init_from=auto")
-    with pytest.raises(ValueError, match="no ckpt.pt in out_dir=.*--init_from"):
-        train("c", "--init_from=resume")
 
 
 # ---- one run, one folder ----
@@ -259,17 +242,15 @@ def test_the_folder_is_locked_before_its_checkpoint_is_read(out_dir, train, run)
 def test_a_new_run_backs_up_an_earlier_one_before_its_first_update(
         out_dir, train, run, monkeypatch):
     """So that no resume mixes two runs, however early the second one ends."""
-    def fail(loss, training, number):
-        raise RuntimeError("an error on purpose")
     first, first_log = newest(out_dir), (out_dir / "log.csv").read_text()
     with monkeypatch.context() as patch, pytest.raises(RuntimeError):
-        on_forward(patch, fail)
+        interrupt_at(patch, 0, None)
         train("a")
     assert re.search(r"backed up .*/ckpt\.pt of an earlier run as .*/ckpt\.1\.pt\n", run.out)
     assert set(contents(out_dir)) == {"ckpt.1.pt", "log.1.csv", "log.csv"}
     assert_same_state(load(out_dir, "ckpt.1.pt"), first)
     assert (out_dir / "log.1.csv").read_text() == first_log
-    with pytest.raises(ValueError, match="no ckpt.pt"):
+    with pytest.raises(ValueError, match="no ckpt.pt in out_dir=.*--init_from"):
         train("a", "--init_from=resume")
 
 

@@ -32,13 +32,6 @@ def test_scripts_run_from_any_folder(script, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_an_error_with_stderr_closed_still_exits_with_1(tmp_path):
-    def close_stderr():
-        os.close(2)
-    process = spawn("plot.py", "nowhere", cwd=tmp_path, preexec_fn=close_stderr)
-    assert finish(process, code=1) == ("", "")
-
-
 def test_a_pipe_gets_utf8_whatever_the_locale_is(dataset, tmp_path):
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     options = [*TINY, f"--dataset={dataset}", "--out_dir=日本 1", "--max_iters=1"]

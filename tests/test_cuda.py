@@ -6,7 +6,16 @@ attention in several blocks.
 """
 
 import pytest
-from conftest import HAS_GPU, ON_GPU, TINY, assert_same_run, finish, newest, read_log, spawn
+from conftest import (
+    HAS_GPU,
+    ON_GPU,
+    TINY,
+    assert_logs_agree,
+    assert_same_run,
+    finish,
+    newest,
+    spawn,
+)
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not HAS_GPU, reason="no CUDA GPU")]
 
@@ -54,8 +63,4 @@ def test_dropout_is_the_same_in_one_process_and_in_two(dataset, tmp_path, compil
     one, two = f"--out_dir={tmp_path / 'one'}", f"--out_dir={tmp_path / 'two'}"
     finish(spawn("train.py", *options, one, env=ON_GPU))
     finish(spawn("train.py", *options, two, "--backend=gloo", processes=2, env=ON_GPU))
-    rows = zip(read_log(tmp_path / "one"), read_log(tmp_path / "two"), strict=True)
-    for row, other_row in rows:
-        for column, cell in row.items():
-            if cell:
-                assert float(cell) == pytest.approx(float(other_row[column]), rel=1e-3), column
+    assert_logs_agree(tmp_path / "one", tmp_path / "two", rel=1e-3)

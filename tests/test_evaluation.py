@@ -58,30 +58,15 @@ def test_eval_only_evaluates_once_and_writes_nothing(train, run, tmp_path, init_
     assert (tmp_path / "a").exists() == (init_from == "resume")
 
 
-# ---- losses that are not finite ----
-
-
-def break_evaluation(monkeypatch, evaluation):
-    """This evaluation, counted from 0, has a loss of NaN; each has 2 x 3 batches."""
+def test_losses_of_nan_save_nothing_and_the_last_one_is_an_error(train, run, tmp_path, monkeypatch):
+    """Evaluations come before updates 0, 3, 6 and at the end; each has 2 x 3 batches."""
     def broken(loss, training, number):
-        return loss * math.nan if not training and number // 6 == evaluation else loss
-    on_forward(monkeypatch, broken)
-
-
-def test_nan_in_the_last_evaluation_is_an_error_and_saves_nothing(
-        train, run, tmp_path, monkeypatch):
-    break_evaluation(monkeypatch, 3)  # after those at 0, 3 and 6
-    with pytest.raises(SystemExit) as stopped:
+        return loss * math.nan if not training and number // 6 in (1, 3) else loss
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        on_forward(patch, broken)
         train("a")
     assert stopped.value.code == 1
-    assert re.search(r"^error: .* not finite .*from iteration 6: .*--init_from=resume", run.err)
-    assert newest(tmp_path / "a")["iter_num"] == 6
-
-
-def test_nan_in_an_earlier_evaluation_does_not_end_the_run(train, run, tmp_path, monkeypatch):
-    train("a")
-    with monkeypatch.context() as patch:
-        break_evaluation(patch, 1)
-        train("b")
     assert "step 3: train loss nan, val loss nan\n" in run.out
+    assert re.search(r"^error: .* not finite .*from iteration 6: .*--init_from=resume", run.err)
+    train("b", "--max_iters=6")
     assert_same_state(newest(tmp_path / "a"), newest(tmp_path / "b"))

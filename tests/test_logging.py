@@ -23,7 +23,7 @@ def test_a_run_learns_and_leaves_its_files(train, run, tmp_path):
     assert [int(step) for step, _, _ in steps] == [0, 20, 40, 60]
     assert float(steps[0][2]) == pytest.approx(math.log(28), abs=0.1)
     assert float(steps[-1][2]) < 2.8
-    pattern = r"^iter (\d+): loss [\d.]+, time [\d.]+ms, [\d,]+ tokens/s(?:, 0:00:\d\d left)?$"
+    pattern = r"^iter (\d+): loss [\d.]+, time [\d.]+ms, [\d,]+ tokens/s(?:, [\d:]+ left)?$"
     assert re.findall(pattern, run.out, re.M) == ["0", "10", "20", "30", "40", "50"]
     assert sorted(os.listdir(tmp_path / "a")) == [".lock", "ckpt.pt", "log.csv"]
 
@@ -32,7 +32,7 @@ def test_a_run_learns_and_leaves_its_files(train, run, tmp_path):
                     ("30", False), ("40", True), ("40", False), ("50", False), ("60", True)]
     losses = [float(row["val_loss"]) for row in read_log(tmp_path / "a") if row["val_loss"]]
     assert newest(tmp_path / "a")["best_val_loss"] == min(losses)
-    assert f"best val loss {min(losses):.4f}, time 0:00:0" in run.out
+    assert f"best val loss {min(losses):.4f}, time " in run.out
 
 
 def test_time_and_time_left_by_hand(train, run, tmp_path, monkeypatch):
@@ -89,9 +89,6 @@ def test_the_run_goes_on_when_log_csv_cannot_be_written(train, run, tmp_path):
     assert f"note: cannot write {log_path}: " in run.out
     assert newest(tmp_path / "a")["iter_num"] == 8
     assert "to sample: " in run.out
-
-
-# ---- wandb ----
 
 
 def test_wandb_gets_evaluations_and_iterations_with_iter_as_their_axis(train, monkeypatch):

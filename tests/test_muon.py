@@ -95,13 +95,3 @@ def test_dtype_is_that_of_the_iterations_and_survives_loading(monkeypatch):
     set_grads(0, params)
     optimizer.step()
     assert computed_in == {torch.float32}
-
-
-def test_parameters_without_gradient_stay():
-    params = make_params(*TINY)
-    before = params[0].detach().clone()
-    set_grads(0, params)
-    params[0].grad = None
-    optimizer = Muon(params)
-    optimizer.step()
-    assert torch.equal(params[0], before) and params[0] not in optimizer.state

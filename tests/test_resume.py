@@ -23,23 +23,20 @@ MUON = ["--optimizer_type=muon", "--lr_schedule=wsd", *DROPOUT]
 
 @pytest.fixture
 def interrupt(train, monkeypatch):
-    """interrupt(update, *arguments of `train`): a run that a signal stops in this update."""
-    def interrupt(update, *arguments):
+    """interrupt(updates, *arguments of `train`): a run that a signal stops after some updates."""
+    def interrupt(updates, *arguments):
         with monkeypatch.context() as patch, pytest.raises(SystemExit):
-            interrupt_at(patch, update)
+            interrupt_at(patch, 4 * updates - 1)  # each has 4 micro-batches
             train(*arguments)
     return interrupt
 
 
-# ---- exactness ----
-
-
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(train, interrupt, tmp_path):
     train("a", *DROPOUT)
-    for update in range(1, 8):
-        name = f"stopped{update}"
-        interrupt(update, name, *DROPOUT)
-        assert newest(tmp_path / name)["iter_num"] == update
+    for updates in range(1, 8):
+        name = f"stopped{updates}"
+        interrupt(updates, name, *DROPOUT)
+        assert newest(tmp_path / name)["iter_num"] == updates
         train(name, *DROPOUT, "--init_from=resume")
         assert_same_run(tmp_path / "a", tmp_path / name)
 
@@ -70,9 +67,6 @@ def test_other_dtypes_train_like_float32(train, tmp_path, options):
         assert losses == pytest.approx(read_losses(tmp_path / "float32"), rel=0.02)
         grad_norm = float(read_log(tmp_path / dtype)[1]["grad_norm"])
         assert grad_norm == pytest.approx(expected, rel=0.01)
-
-
-# ---- settings ----
 
 
 def test_resume_without_settings_goes_on_as_before(run, train, interrupt, tmp_path):
@@ -136,8 +130,6 @@ def test_finetuning_starts_from_another_run(train, run, dataset, tmp_path):
     with pytest.raises(ValueError, match="has other tokens than the data set"):
         train("c", f"--init_from={tmp_path / 'a'}", f"--dataset={folder}")
 
-
-# ---- the best checkpoint and the latest ----
 
 DIVERGING = ["--eval_interval=1", "--min_lr=3.0"]  # a learning rate that rises
 

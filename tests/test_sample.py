@@ -1,7 +1,4 @@
-"""
-sample.py: prompts, options, what is shown and when, and where the tokenizer comes from. Sampling
-itself is tested in test_model.py, export to transformers in test_huggingface.py.
-"""
+"""sample.py: prompts, options, what is shown and when, and where the tokenizer comes from."""
 
 import io
 import os
@@ -50,9 +47,6 @@ def always_generate(monkeypatch, *sequences):
         for tokens in zip(*sequences, strict=True):
             yield torch.tensor(tokens)[:, None]  # (B, 1)
     monkeypatch.setattr("model.GPT.generate_stream", generate_stream)
-
-
-# ---- samples ----
 
 
 def test_samples_differ_and_repeat_with_their_seed(sample):
@@ -129,9 +123,6 @@ def test_a_terminal_gets_what_it_can_show_and_a_pipe_utf8(
     assert set(out) - set(RULE) == ({"?"} if is_terminal else {"β", "?"})
 
 
-# ---- prompts ----
-
-
 def test_prompts_from_files(sample, tmp_path, monkeypatch):
     (tmp_path / "prompt.txt").write_text("the lazy dog")
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -160,9 +151,6 @@ def test_long_and_empty_prompts(sample, sample_gpt2):
 def test_mistake_is_named(sample, argument, named):
     with pytest.raises(ValueError, match=re.escape(named)):
         sample("--start=a", argument)
-
-
-# ---- model and tokenizer ----
 
 
 def test_the_best_checkpoint_is_sampled_and_else_the_latest(sample, out_dir):
