@@ -10,6 +10,7 @@ import dataclasses
 import glob
 import json
 import os
+import pickle
 import re
 import sys
 import zipfile
@@ -46,11 +47,19 @@ def save_checkpoint(path, state, **values):
     """
     checkpoint = dict(values, version=VERSION, torch_version=str(torch.__version__))
     for key, value in state.items():
+        if key in checkpoint:
+            raise ValueError(f"rename {key!r} in `state`: checkpoints use the name themselves")
         checkpoint[key] = value.state_dict() if hasattr(value, "state_dict") else value
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with atomic_write(path) as file:
             torch.save(checkpoint, file)
+            file.flush()
+            torch.load(file.name, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path!r} could not be read again: keep tensors and plain values of "
+                         f"Python only in `state`, settings and GPTConfig ({one_line(error)})"
+                         ) from None
     except (OSError, RuntimeError) as error:
         raise UserError(f"cannot save {path!r}, earlier checkpoints are intact: {error} "
                         "(if the disk is full, make room and resume)") from None
@@ -120,17 +129,18 @@ def build_model(model_class, config_class, model_args, weights):
     A model of the shape `model_args` with a copy of `weights`. Fields of the config that
     `model_args` lacks take their defaults, with a note. Raises UserError for what does not fit.
     """
-    fields = {field.name: field.default for field in dataclasses.fields(config_class)}
-    for name in model_args.keys() - fields.keys():
+    fields = {field.name for field in dataclasses.fields(config_class)}
+    for name in model_args.keys() - fields:
         raise UserError(f"the model has {name}={model_args[name]!r}, and {config_class.__name__} "
                         "no such field: use the model.py that it was trained with")
-    for name in fields.keys() - model_args.keys():
-        print(f"note: the model was made without {name}: it takes the default {fields[name]!r}")
     model = model_class(config_class(**model_args))
+    for name in fields - model_args.keys():
+        value = getattr(model.config, name)
+        print(f"note: the model was made without {name}: it takes the default {value!r}")
     names = model.state_dict().keys()
-    # older checkpoints of nanoGPT have causal masks
-    weights = {name: tensor for name, tensor in weights.items()
-               if name in names or not name.endswith(".attn.bias")}
+    for name in list(weights):
+        if name.endswith(".attn.bias") and name not in names:
+            del weights[name]  # a causal mask, in older checkpoints of nanoGPT
     try:
         model.load_state_dict(weights)
     except Exception as error:  # weights made by hand can raise anything
@@ -146,7 +156,7 @@ def one_line(error):
 
 
 def restore(state, checkpoint):
-    """Restores what `save_checkpoint` wrote of `state`, except the model, which is built first."""
+    """Restores what `save_checkpoint` wrote of `state`."""
     for key, value in state.items():
         if key not in checkpoint:
             print(f"note: the checkpoint has no {key}: it starts anew")
@@ -154,7 +164,7 @@ def restore(state, checkpoint):
             load_optimizer(value, checkpoint[key])
         elif not hasattr(value, "load_state_dict"):
             state[key] = checkpoint[key]
-        elif key != "model" and checkpoint[key]:  # a disabled GradScaler's is empty
+        elif checkpoint[key]:  # a disabled GradScaler's is empty
             value.load_state_dict(checkpoint[key])
 
 
@@ -167,6 +177,7 @@ def load_optimizer(optimizer, saved):
     try:
         for group, saved_group in zip(own["param_groups"], saved["param_groups"], strict=True):
             group["params"] = saved_group["params"]  # torch compares their number
+            group["lr"] = saved_group["lr"]  # a scheduler in `state` may read it
         optimizer.load_state_dict(dict(own, state=saved["state"]))
         for p, values in optimizer.state.items():
             for key, value in values.items():

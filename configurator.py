@@ -169,7 +169,8 @@ def restore_settings(config, checkpoint, not_restored):
             continue
         if is_changed:
             print(f"note: {key} stays {old_value!r}: the model's shape is the checkpoint's")
-        config[key] = check_type(key, old_value, config[key])
+        is_none = old_value is None  # as GPTConfig may have it
+        config[key] = None if is_none else check_type(key, old_value, config[key])
 
 
 def help_text(settings):

@@ -171,7 +171,7 @@ class GPT(nn.Module):
         being ignored, returns (None, mean cross entropy in nats): the logits can then be freed.
         With `caches`, one a layer, `idx` continues their tokens, and logits are the last ones only.
         """
-        start = caches[0].length if caches else 0
+        start = max(cache.length for cache in caches) if caches else 0
         end = start + idx.size(1)
         if end > self.config.block_size:
             raise ValueError(f"{end} tokens do not fit into block_size={self.config.block_size}")
@@ -269,7 +269,7 @@ class GPT(nn.Module):
         context = idx[:, -block_size:]  # the latest tokens
         new_tokens = context  # those that the caches do not have yet
         for _ in range(max_new_tokens):
-            if caches[0].length + new_tokens.size(1) > block_size:
+            if max(cache.length for cache in caches) + new_tokens.size(1) > block_size:
                 new_tokens = context[:, -max(1, block_size // 2):]
                 for cache in caches:
                     cache.length = 0

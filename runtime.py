@@ -1,5 +1,6 @@
 """The machine: processes, signals and errors, device and precision."""
 
+import atexit
 import contextlib
 import datetime
 import os
@@ -11,7 +12,6 @@ import warnings
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from configurator import UserError, check_choice
@@ -97,6 +97,14 @@ def broadcast(value):
     return box[0]
 
 
+def sync_buffers(model):
+    """Gives the model's buffers, which may be running statistics, the values of rank 0."""
+    buffers = list(model.buffers())
+    if buffers and dist.is_initialized():
+        for buffer, value in zip(buffers, broadcast([b.cpu() for b in buffers]), strict=True):
+            buffer.copy_(value)
+
+
 def check_same(**values):
     """Raises UserError on all processes if some have other `values` than the others."""
     if not dist.is_initialized():
@@ -115,10 +123,7 @@ def wrap_ddp(model, dropout):
         torch._dynamo.config.optimize_ddp = False
     # find_unused_parameters keeps DDP from changing its buckets, and with them the order of sums,
     # after the first update. It also allows for parameters without a gradient.
-    model = DDP(model, gradient_as_bucket_view=True, find_unused_parameters=True)
-    # By itself DDP multiplies by 1 / processes in its first update, and divides later on.
-    model.register_comm_hook(None, allreduce_hook)  # always divides
-    return model
+    return DDP(model, gradient_as_bucket_view=True, find_unused_parameters=True)
 
 
 def close(exit_code, device):
@@ -189,17 +194,20 @@ def stop_requested():
 
 
 def call_after_error(function):
-    """Calls `function` when an uncaught error has been printed, unless it is a second Ctrl-C."""
+    """Calls `function` after an uncaught error or sys.exit, but not after a second Ctrl-C."""
     print_error = sys.excepthook
 
     def print_and_call(kind, error, trace):
-        print_error(kind, error, trace)
+        atexit.unregister(function)
+        with contextlib.suppress(OSError):  # nobody may read stderr any more
+            print_error(kind, error, trace)
         if kind is not KeyboardInterrupt:
             try:
                 function()
             except Exception as another:
                 print_error(type(another), another, another.__traceback__)
     sys.excepthook = print_and_call
+    atexit.register(function)
 
 
 # ---- device and precision ----

@@ -147,6 +147,8 @@ def load_sequences(split, offsets):
     """x, the token ids at `offsets` (B,) of a split, and y, those that follow: (B, T) each."""
     # A new memory map each time: an old one keeps every page that it has read in memory.
     tokens = np.memmap(token_files[split], dtype="<u2", mode="r")
+    if len(tokens) < num_tokens[split]:
+        raise UserError(f"{tokens.filename} was cut short: {common.prepare_hint(dataset)}")
     windows = offsets[:, None] + np.arange(block_size + 1)  # (B, T + 1)
     ids = tokens[windows].astype(np.int64)
     if ids.max() >= vocabulary["vocab_size"]:
@@ -174,8 +176,8 @@ def get_batch(split, stream, iteration, micro_step=0):
 # ---- model and optimizers ----
 
 torch.manual_seed(seed)
-pretrained = None  # the checkpoint of another run, if init_from is one
 if checkpoint:
+    pretrained = checkpoint  # with its tokens
     model_args = dict(checkpoint["model_args"], dropout=dropout)
     model = GPT.from_state(model_args, checkpoint["model"])
 elif init_from in ("scratch", "auto"):
@@ -185,6 +187,7 @@ elif init_from in ("scratch", "auto"):
     model_args = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size,
                       bias=bias, vocab_size=vocab_size, dropout=dropout)
     model = GPT(GPTConfig(**model_args))
+    pretrained = dict(vocabulary, data={})
 else:
     model, pretrained = load_model(init_from, out_dir, dropout=dropout)
     pretrained = pretrained or common.exported_vocabulary(init_from)
@@ -193,7 +196,7 @@ model.to(device)
 model.gradient_checkpointing = gradient_checkpointing
 model_args = vars(model.config)
 config.update(model_args, device=device, dtype=dtype, compile=compile, backend=backend)
-common.check_vocabulary(dataset, vocabulary, model.config.vocab_size, checkpoint or pretrained)
+common.check_vocabulary(dataset, vocabulary, model.config.vocab_size, pretrained)
 
 # What a run carries from one update to the next. Whatever is added here, a thing with a state_dict
 # or a plain value, is saved in checkpoints and restored from them.
@@ -214,7 +217,7 @@ if checkpoint:
     saved_iter = state["iter_num"]
     if not common.is_same_data(dataset, data_fingerprint, checkpoint):
         state["best_val_loss"] = 1e9  # losses cannot be compared
-    checkpoint = None  # frees the memory
+    checkpoint = pretrained = None  # frees the memory
 scaler = state["scaler"]
 optimizers = [value for value in state.values() if isinstance(value, torch.optim.Optimizer)]
 
@@ -240,6 +243,7 @@ def estimate_loss():
     num_batches = math.ceil(num_eval_sequences / batch_size)
     results = torch.zeros(2 * num_batches + 1, device=device)  # train, val, stop flag
     compiled_model.eval()
+    runtime.sync_buffers(model)
     for split, stream, start in (("train", EVAL_TRAIN, 0), ("val", EVAL_VAL, num_batches)):
         my_batches = range(rank, num_batches, world_size)
         for k in tqdm(my_batches, f"evaluating on {split}", leave=False, delay=2, disable=None):
@@ -310,18 +314,24 @@ def save(name, on_any_process=False):
         save_checkpoint(os.path.join(out_dir, name), state, model_args=model_args, config=config,
                         itos=vocabulary["itos"], tokenizer=vocabulary["tokenizer"],
                         data=data_fingerprint)
-    if name in ("ckpt.pt", "last.pt"):
-        saved_iter = state["iter_num"]
+        if name in ("ckpt.pt", "last.pt"):
+            saved_iter = state["iter_num"]
 
 
 def save_after_error():
     """Writes last.pt when an error has ended the loop, so that no finished update is lost."""
-    if not updating and skipped_in_a_row == 0 and state["iter_num"] not in (0, saved_iter):
+    if updating or diverged or skipped_in_a_row > 0:
+        return
+    if state["iter_num"] not in (0, saved_iter):
+        for buffer, old in zip(model.buffers(), buffers, strict=True):
+            buffer.copy_(old)
         save("last.pt", on_any_process=True)  # rank 0 may be stuck
         print(f"saved last.pt before iteration {state['iter_num']}", file=sys.stderr)
 
 
 updating = False  # the weights are being changed: they belong to no iteration
+diverged = False
+buffers = []  # copies from before the update under way: a forward pass may change them
 skipped_in_a_row = 0  # updates that were not finite; nothing is saved while they go on
 threads = f", {torch.get_num_threads()} threads" if device_type == "cpu" else ""
 compiled = ", compiled" if compile else ""
@@ -352,7 +362,6 @@ if not eval_only:
 
 # ---- the loop ----
 
-diverged = False
 first_iter = state["iter_num"]
 num_updates = 0  # since the last log line
 eval_seconds = 0.0  # of the latest evaluation
@@ -361,6 +370,7 @@ x, y = get_batch("train", TRAIN, first_iter, micro_steps[0])
 t0 = time.perf_counter()  # time of the last log line; evaluations move it on
 while True:
     iter_num = state["iter_num"]
+    buffers = [buffer.clone() for buffer in model.buffers()]
     last_step = iter_num >= max_iters
     lr = get_lr(iter_num)
 
@@ -464,7 +474,7 @@ while True:
     state["iter_num"] += 1
     updating = False
     # ---- to here ----
-    model.zero_grad(set_to_none=world_size == 1)  # in DDP, gradients stay in its buckets
+    model.zero_grad()
     diverged = skipped_in_a_row == 25  # float16's scaler skips up to 17 to find its scale
     if stopping or diverged:
         break

@@ -286,7 +286,7 @@ def tokenizer_of(path):
         if path.suffix == ".pt":
             import torch
             run = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            vocab_size = run["config"]["vocab_size"]
+            vocab_size = run["model_args"]["vocab_size"]
             if run["itos"] is None and run["tokenizer"] is None:
                 return dict(GPT2)
             return dict(vocab_size=vocab_size, itos=run["itos"], tokenizer=run["tokenizer"])
@@ -322,11 +322,11 @@ def is_same_data(dataset, data_fingerprint, checkpoint):
 def check_vocabulary(dataset, vocabulary, vocab_size, checkpoint):
     """Raises UserError if a model, or its checkpoint, has other tokens than the data set."""
     num_ids = vocabulary["vocab_size"]
-    is_padded_gpt2 = num_ids == 50257 < vocab_size and vocabulary["itos"] is None
-    same_size = vocab_size == num_ids or is_padded_gpt2
     # nanoGPT's checkpoints have no data
     is_known = checkpoint is not None and checkpoint["data"] is not None
     same_tokens = not is_known or all(checkpoint[k] == vocabulary[k] for k in ("itos", "tokenizer"))
+    may_be_padded = is_known or vocabulary == GPT2
+    same_size = vocab_size == num_ids or (vocab_size > num_ids and may_be_padded)
     if not same_size or not same_tokens:
         raise UserError(f"the model, with a vocabulary of {vocab_size}, has other tokens than the "
                         f"data set {dataset!r}, with one of {num_ids}: prepare it with the model's "
@@ -418,7 +418,7 @@ def make_tokenizer(vocabulary, vocab_size):
     else:
         raise UserError(f"there is no tokenizer for a vocabulary of {vocab_size}: GPT-2's has "
                         "50257 tokens, and the data set's meta.pkl has no characters")
-    if num_ids > vocab_size or (itos and num_ids != vocab_size):
+    if num_ids > vocab_size:
         raise UserError(f"the data set has {num_ids} characters or tokens and the model "
                         f"{vocab_size}: the model was trained on other data")
     return encode, decode, num_ids, end_token
@@ -470,7 +470,7 @@ def bits_per_byte(loss, vocabulary, file, num_tokens):
     elif vocabulary == GPT2:
         try:
             bpe = gpt2_bpe()
-        except UserError:  # offline
+        except (UserError, OSError):  # offline
             return None
         lengths = [len(bpe.decode_single_token_bytes(i)) for i in range(bpe.eot_token)] + [0]
     else:
