@@ -107,7 +107,7 @@ def run(monkeypatch, capfd):
     def run(script, *arguments):
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
         monkeypatch.setattr(common, "lock_folder", remember_lock)
-        monkeypatch.setattr(atexit, "register", lambda function: None)  # this process goes on
+        monkeypatch.setattr(atexit, "register", lambda *arguments: None)  # this process goes on
         excepthook, stdout = sys.excepthook, sys.stdout
         handlers = {number: signal.getsignal(number) for number in SIGNALS}
         try:
