@@ -6,6 +6,7 @@ import runpy
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 
 import pytest
@@ -255,3 +256,43 @@ def test_a_block_alone_and_its_added_layers_are_initialized(monkeypatch):
         assert (block.lora_b.weight == 0).all()
     loaded = model.GPT.from_state(vars(config), edited.state_dict())
     assert_same(dict(loaded.state_dict()), dict(edited.state_dict()))
+
+
+# ---- what an edit may do that the original never does ----
+
+UPDATE = "    # ---- the update: an error in here"
+TIE = "        self.lm_head.weight = self.transformer.wte.weight\n"
+
+
+def test_parameters_without_a_gradient_in_some_updates_keep_none(copy):
+    """Zeros would be decayed, and a resumed run has none."""
+    attention = "        x = x + self.attn(self.ln_1(x), cache)\n"
+    skip = "        if self.training and torch.rand(()) < 0.6:\n            return x\n"
+    copy.edit(("model.py", attention, skip + attention))
+    copy.check_exact("--n_layer=3", "--eval_interval=100", processes=2)
+
+
+def test_buffers_are_saved_as_they_were_before_the_update_under_way(copy):
+    start = "        start = max("
+    copy.edit(
+        ("model.py", TIE, TIE + "        self.register_buffer('steps', torch.zeros(()))\n"),
+        ("model.py", start, "        self.steps += self.training\n" + start),
+        ("train.py", UPDATE, "    assert iter_num < 5\n" + UPDATE))
+    copy.train("a", code=1)
+    saved = copy.newest("a")
+    assert saved["iter_num"] == 5 and saved["model"]["steps"] == 5 * 4
+
+
+def test_a_checkpoint_that_nothing_could_read_is_named_when_it_is_written(copy):
+    best = 'state["best_val_loss"] = losses["val"]'
+    copy.edit(("train.py", best, best.replace('losses["val"]', 'np.float64(losses["val"])')))
+    output = copy.train("a", code=1)
+    assert "could not be read again: keep tensors and plain values" in output
+    assert list(copy.folder.glob("a/*.pt*")) == []
+
+
+def test_sys_exit_in_the_loop_saves_first(copy):
+    copy.edit(("train.py", UPDATE, "    if iter_num == 5:\n        sys.exit(3)\n" + UPDATE))
+    command = [sys.executable, "train.py", *TINY, f"--dataset={copy.dataset}", "--out_dir=a"]
+    assert subprocess.run(command, cwd=copy.folder, capture_output=True).returncode == 3
+    assert copy.newest("a")["iter_num"] == 5
