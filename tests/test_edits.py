@@ -269,7 +269,7 @@ def test_parameters_without_a_gradient_in_some_updates_keep_none(copy):
     attention = "        x = x + self.attn(self.ln_1(x), cache)\n"
     skip = "        if self.training and torch.rand(()) < 0.6:\n            return x\n"
     copy.edit(("model.py", attention, skip + attention))
-    copy.check_exact("--n_layer=3", "--eval_interval=100", processes=2)
+    copy.check_exact("--n_layer=3", "--eval_interval=100", "--seed=4", processes=2)
 
 
 def test_buffers_are_saved_as_they_were_before_the_update_under_way(copy):
