@@ -35,8 +35,6 @@ import runtime
 from checkpoint import load_checkpoint
 from model import GPT
 
-# ---- SIGKILL at random moments ----
-
 OPTIONS = [*TINY, "--dropout=0.1", "--n_embd=64", "--gradient_accumulation_steps=2",
            "--max_iters=40", "--eval_interval=4"]
 
@@ -96,8 +94,6 @@ def hunt(dataset, folder, num_kills, seed=0):
         assert list(out_dir.glob("*.tmp")) == []
     return kills, kills_while_saving, runs
 
-
-# ---- an error or a signal at a line ----
 
 MAX_ITERS = 3  # with evaluations before updates 0 and 2 and at the end
 LINES = [f"--max_iters={MAX_ITERS}", "--eval_interval=2", "--eval_iters=1", "--dropout=0.1",
@@ -192,14 +188,11 @@ def check_line(index, position, what, undisturbed, out_dir, *options, processes=
 
 
 def check_lines(dataset, folder, every=1):
-    """
-    An error, and in another run a signal, at every line, or every n-th; where a line runs more than
-    once in an update, the first time. Returns the number of runs.
-    """
+    """An error, and in another run a signal, at every n-th line. Returns the number of runs."""
     options = [*LINES, f"--dataset={dataset}"]
     undisturbed = folder / "undisturbed"
     positions = list_positions(undisturbed, *options)
-    first_index = {}
+    first_index = {}  # a line may run more than once in an update
     for index, position in enumerate(positions):
         first_index.setdefault(position, index)
     runs = 0

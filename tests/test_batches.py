@@ -1,5 +1,6 @@
 """Batches: a pure function of seed, stream and iteration, whatever else a run does."""
 
+import os
 import shutil
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from conftest import newest, read_log, world
 
+from configurator import UserError
 from model import GPT
 
 TRAIN, EVAL_TRAIN, EVAL_VAL = range(3)  # streams
@@ -102,6 +104,9 @@ def test_a_run_keeps_the_data_it_started_with(train, dataset, tmp_path):
     folder = shutil.copytree(dataset, tmp_path / "data")
     get_batch = train("a", f"--dataset={folder}", "--max_iters=0")["get_batch"]
     before = get_batch("train", TRAIN, 3)
+    os.truncate(folder / "val.bin", 1000)
+    with pytest.raises(UserError, match="val.bin was cut short"):
+        get_batch("val", EVAL_VAL, 0)
     for path in folder.glob("*.bin"):
         size = path.stat().st_size
         path.unlink()

@@ -1,7 +1,4 @@
-"""
-Checkpoints: what they contain, that saving is atomic, what is refused on reading, which one a
-resume takes, and that runs do not mix. That a resumed run is exact is in test_resume.py.
-"""
+"""Checkpoints: content, atomic saving, what is refused, which one a resume takes, backups."""
 
 import os
 import pickle
@@ -93,18 +90,11 @@ def test_a_full_disk_ends_the_run_and_leaves_the_old_checkpoint(out_dir, train, 
     assert (out_dir / "ckpt.pt").read_bytes() == old_content
 
 
-# ---- reading ----
-
-
 class MakesFolder:
     """Pickles as a call of os.mkdir, as a hostile file would."""
 
     def __reduce__(self):
         return os.mkdir, ("owned",)
-
-
-def truncate(path):
-    path.write_bytes(path.read_bytes()[:-5000])
 
 
 def flip_bit(path):
@@ -117,7 +107,7 @@ def flip_bit(path):
 
 @pytest.mark.parametrize("damage, named", [
     (flip_bit, "checksum mismatch in .*data/"),
-    (truncate, "BadZipFile"),
+    (lambda path: os.truncate(path, 5000), "BadZipFile"),
     (lambda path: torch.save({"config": MakesFolder()}, path), "mkdir"),
     (lambda path: path.write_bytes(pickle.dumps(MakesFolder())), "BadZipFile"),
     (lambda path: torch.save([1, 2], path), "TypeError"),
@@ -133,7 +123,6 @@ def test_damage_is_named_and_no_code_is_run(out_dir, tmp_path, monkeypatch, dama
 # what is done to the content `saved` of a checkpoint, and what the error names
 UNUSABLE = {
     "del saved['model']": "ckpt.pt.*model",
-    "del saved['config']": "ckpt.pt.*config",
     "saved['best_val_loss'] = 'low'": "ckpt.pt.*low",
     "saved['config']['beta1'] = 1.5": "beta1=1.5 must be from 0 to 0.999999",
     "saved['model_args']['n_layer'] = 3": "weights do not fit.*transformer.h.2",
@@ -183,9 +172,6 @@ def test_an_optimizers_state_is_copied_and_its_options_are_those_set_now():
         load_optimizer(model.configure_muon(0.1, 1e-3), saved)
 
 
-# ---- which one a resume takes ----
-
-
 @pytest.fixture
 def two_checkpoints(train, out_dir, tmp_path):
     """A folder with ckpt.pt of iteration 3, and last.pt of iteration 5."""
@@ -219,19 +205,16 @@ def test_resume_passes_over_a_damaged_checkpoint(two_checkpoints, train, capfd, 
     if name == "last.pt":  # work is lost, which must be said
         assert re.match(r"note: .*last\.pt.*; using .*ckpt\.pt' instead\n$", note)
     for path in two_checkpoints.glob("*.pt"):
-        truncate(path)
+        os.truncate(path, 5000)
     with pytest.raises(ValueError, match="cannot use the checkpoint"):
         train("a", "--init_from=auto")
-
-
-# ---- one run, one folder ----
 
 
 def test_the_folder_is_locked_before_its_checkpoint_is_read(out_dir, train, run):
     with lock_folder(str(out_dir)):
         train("a", "--init_from=resume", "--eval_only=True")  # writes nothing
         assert run.out.count("step ") == 1
-        truncate(out_dir / "ckpt.pt")
+        os.truncate(out_dir / "ckpt.pt", 5000)
         for init_from in ("resume", "scratch"):
             with pytest.raises(ValueError, match="out_dir=.* is in use by another process"):
                 train("a", f"--init_from={init_from}")
@@ -266,9 +249,6 @@ def test_files_of_one_run_get_one_number(tmp_path, capfd):
             "last.2.pt", "notes"}
     assert (tmp_path / "last.3.pt").read_text() == "last.pt"
     assert capfd.readouterr().out.count("backed up") == 5
-
-
-# ---- data ----
 
 
 @pytest.fixture

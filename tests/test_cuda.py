@@ -1,8 +1,6 @@
 """
-What needs a GPU to be seen: where a bitwise claim rests on CUDA's kernels and generators.
-
-One GPU is enough: two processes share it, and talk by gloo. The runs are just long enough for
-attention in several blocks.
+Where a bitwise claim rests on CUDA's kernels and generators. One GPU is enough: two processes share
+it, and talk by gloo. The runs are just long enough for attention in several blocks.
 """
 
 import pytest

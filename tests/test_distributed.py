@@ -92,14 +92,15 @@ def test_processes_that_differ_are_an_error(train, dataset, tmp_path, capfd, opt
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("ip") is None, reason="needs iproute2")
 def test_two_hosts_do_what_two_processes_on_one_do(dataset, tmp_path):
-    options = [*DROPOUT, f"--dataset={dataset}"]
+    options = [*TINY, *DROPOUT, f"--dataset={dataset}"]
     world(2, *options, f"--out_dir={tmp_path / 'one'}")
     torchrun = tmp_path / "torchrun"
     torchrun.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m torch.distributed.run "$@"\n')
     torchrun.chmod(0o755)
-    command = ["bash", str(ROOT / "tests/two_hosts.sh"), str(ROOT / "train.py"), *TINY, *options]
-    result = subprocess.run([*command, f"--out_dir={tmp_path / 'two'}"], capture_output=True,
-                            text=True, env=dict(os.environ, TORCHRUN=str(torchrun)), timeout=240)
+    command = ["bash", ROOT / "tests/two_hosts.sh", ROOT / "train.py", *options,
+               f"--out_dir={tmp_path / 'two'}"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240,
+                            env=dict(os.environ, TORCHRUN=str(torchrun)))
     if result.returncode == 77:
         pytest.skip("network namespaces are not allowed here")
     assert result.returncode == 0, result.stdout + result.stderr

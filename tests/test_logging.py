@@ -133,8 +133,7 @@ def test_wandb_that_fails_is_named_and_an_earlier_run_is_left_alone(train, tmp_p
     def fail(**options):
         raise RuntimeError("no API key")
     train("a", "--max_iters=1")
-    files = set(os.listdir(tmp_path / "a"))
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=fail, Error=RuntimeError))
     with pytest.raises(ValueError, match="wandb: no API key .*WANDB_MODE=offline"):
         train("a", "--wandb_log=True")
-    assert set(os.listdir(tmp_path / "a")) == files
+    assert set(os.listdir(tmp_path / "a")) == {".lock", "ckpt.pt", "log.csv"}

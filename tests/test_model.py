@@ -1,7 +1,4 @@
-"""
-The model in memory: shapes, initialization, loss, causality, sampling. Weights from other programs
-are compared in test_huggingface.py.
-"""
+"""The model in memory; test_huggingface.py compares its logits with those of transformers."""
 
 import math
 import os
@@ -30,20 +27,18 @@ def random_tokens(*shape, seed=0):
     return torch.randint(61, shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("script", ["model.py", "checkpoint.py", "runtime.py", "muon.py"])
-def test_importing_changes_nothing_outside(script, monkeypatch):
-    env = {}
-    monkeypatch.setattr(os, "environ", env)
+def test_importing_the_model_changes_nothing_outside(monkeypatch):
+    monkeypatch.setattr(os, "environ", {})
     precision = torch.get_float32_matmul_precision()
     random_state = torch.manual_seed(20).get_state()
     try:
         torch.set_float32_matmul_precision("medium")  # which nothing in the project sets
-        runpy.run_path(str(ROOT / script))
+        for script in ("model.py", "checkpoint.py", "runtime.py", "muon.py"):
+            runpy.run_path(str(ROOT / script))
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(precision)
-    assert env == {}
-    assert torch.equal(torch.get_rng_state(), random_state)
+    assert os.environ == {} and torch.equal(torch.get_rng_state(), random_state)
 
 
 def test_initialization():

@@ -73,14 +73,6 @@ def test_state_moves_between_torch_and_ours(tmp_path, from_torch):
     assert_same_training(optimizer, params, other, other_params, steps=2, seed=2)
 
 
-def test_singular_values_are_near_one_in_both_orientations():
-    for shape in ((48, 16), (16, 48), (24, 24)):
-        x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
-        singular_values = torch.linalg.svdvals(muon.orthogonalize(x))
-        assert singular_values.max() < 1.25
-        assert singular_values[:, :-2].min() > 0.65  # a square matrix may have some near 0
-
-
 def test_dtype_is_that_of_the_iterations_and_survives_loading(monkeypatch):
     computed_in = set()
     orthogonalize = muon.orthogonalize

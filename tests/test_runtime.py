@@ -1,9 +1,12 @@
 """The machine as seen through environment variables and a made-up torch.cuda."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
 
 import runtime
 from runtime import check_device, choose_device, compiler_works, process_ranks, setup_device
@@ -44,7 +47,6 @@ def test_ranks_come_from_the_environment(environment):
     dict(RANK=3),
     dict(WORLD_SIZE=4),
     dict(RANK=4, LOCAL_RANK=0, WORLD_SIZE=4, **PEERS),
-    dict(RANK=-1, LOCAL_RANK=0, WORLD_SIZE=4, **PEERS),
     dict(RANK="one", LOCAL_RANK=0, WORLD_SIZE=4, **PEERS),
     dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=2, MASTER_PORT="29500"),
     dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=2, MASTER_ADDR="", MASTER_PORT="29500"),
@@ -133,3 +135,19 @@ def test_peak_flops_by_name(monkeypatch, name, teraflops):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert runtime.peak_flops(torch.device("cuda")) == pytest.approx(teraflops * 1e12, nan_ok=True)
     assert math.isnan(runtime.peak_flops(torch.device("cpu")))
+
+
+def test_whatever_ends_a_script_but_a_second_ctrl_c_calls_a_function_once():
+    script = """if True:
+        import configurator, os, runtime, sys
+        sys.excepthook = configurator.excepthook
+        for ending in sys.argv[1:]:
+            if os.fork() == 0:
+                runtime.call_after_error(lambda: print(ending))
+                exec(ending)
+                break
+            os.wait()"""
+    endings = ["sys.exit(3)", "raise ValueError", "raise KeyboardInterrupt", "os.close(2); 1 / 0"]
+    command = [sys.executable, "-c", script, *endings]
+    out = subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout
+    assert out.splitlines() == ["sys.exit(3)", "raise ValueError", "os.close(2); 1 / 0"]

@@ -5,6 +5,7 @@ import signal
 
 import kill
 import pytest
+import torch
 from conftest import (
     TINY,
     assert_same_run,
@@ -20,6 +21,7 @@ from conftest import (
 )
 
 import runtime
+from model import GPT
 
 LONG = [*TINY, "--dropout=0.1", "--max_iters=60", "--eval_interval=10", "--n_embd=32",
         "--gradient_accumulation_steps=6"]
@@ -71,7 +73,7 @@ def test_a_signal_in_an_evaluation_is_answered_within_a_batch(
         if not training and number == first_batch:
             if os.environ.get("RANK", "0") in signalled:
                 signal.raise_signal(signal.SIGTERM)
-            wait_for(runtime.stop_requested)
+            wait_for(runtime.stop_requested, seconds=30)
         assert training or number <= first_batch, "one more batch"
         return loss
     with monkeypatch.context() as patch:
@@ -136,7 +138,7 @@ def test_a_closed_pipe_is_a_saved_stop(dataset, undisturbed, tmp_path):
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("place, iter_num", [
     ("get_lr", 3), ("forward", 3), ("load_sequences", 3), ("log_metrics", 3),
-    ("estimate_loss", 4), ("save", 4),  # evaluations come before updates 2 and 4
+    ("estimate_loss", 4), ("save", 6),  # evaluations come before updates 2 and 4 and at the end
 ])
 def test_an_error_anywhere_in_the_loop_loses_no_finished_update(
         dataset, tmp_path, capfd, processes, place, iter_num):
@@ -151,16 +153,39 @@ def test_an_error_anywhere_in_the_loop_loses_no_finished_update(
     assert num_saves == (1 if place == "save" else processes)  # it had saved ckpt.pt
 
 
-def test_a_process_that_loses_its_peer_saves(dataset, tmp_path):
+@pytest.mark.parametrize("place, iter_num", [("load_sequences", 3), ("save", 4)])
+def test_a_process_that_loses_its_peer_saves(dataset, tmp_path, place, iter_num):
+    """Rank 0, which saves otherwise, is killed, and may not have written what it was to write."""
     options = [*kill.LINES, f"--dataset={dataset}", "--max_iters=6"]
-    positions = kill.list_positions(tmp_path / "a", *options, processes=2, rank="1")
-    index = [(p.function, p.iter_num) for p in positions].index(("load_sequences", 3))
+    positions = kill.list_positions(tmp_path / "a", *options, processes=2)
+    index = [(p.function, p.iter_num) for p in positions].index((place, iter_num))
     options += [f"--out_dir={tmp_path / 'b'}"]
-    before = kill.disturb(index, signal.SIGKILL, rank="1")
-    assert fork_world(2, *options, before=before) == [1, -signal.SIGKILL]
-    assert newest(tmp_path / "b")["iter_num"] == 3
+    before = kill.disturb(index, signal.SIGKILL)
+    assert fork_world(2, *options, before=before) == [-signal.SIGKILL, 1]
+    assert newest(tmp_path / "b")["iter_num"] == iter_num
     world(2, *options, "--init_from=resume")
     assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_an_error_leaves_the_buffers_of_before_its_update(train, tmp_path, monkeypatch):
+    """Such as running statistics, which a forward pass changes."""
+    init, forward = GPT.__init__, GPT.forward
+
+    def init_with_buffer(self, config):
+        init(self, config)
+        self.register_buffer("passes", torch.zeros(()))
+
+    def count_passes(self, *args):
+        self.passes += self.training
+        return forward(self, *args)
+    monkeypatch.setattr(GPT, "__init__", init_with_buffer)
+    monkeypatch.setattr(GPT, "forward", count_passes)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        interrupt_at(patch, 4 * 5 + 2, None)
+        train("a")
+    assert newest(tmp_path / "a")["model"]["passes"] == 4 * 5
+    train("a", "--init_from=resume")
+    assert newest(tmp_path / "a")["model"]["passes"] == 4 * 8
 
 
 def test_an_error_in_the_update_itself_falls_back_to_the_latest_checkpoint(dataset, tmp_path):
