@@ -145,7 +145,7 @@ stop_signal = 0  # the number of the signal that asked this process to stop
 
 
 def catch_signals():
-    """From here on, signals and a closed stdout set `stop_signal`; a second Ctrl-C ends at once."""
+    """From here on, signals and a closed stdout set `stop_signal`; a second Ctrl-C ends the run."""
     global stop_signal
     stop_signal = 0
     for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"):

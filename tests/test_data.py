@@ -642,7 +642,7 @@ SCRIPTS = "Ἐν ἀρχῇ ἦν. हिन्दी में 日本語の文�
 
 @pytest.fixture(scope="module")
 def bpe(tmp_path_factory):
-    """The folder of a data set with a BPE of its own, of 400 tokens."""
+    """The folder of a data set with its own BPE of 400 tokens."""
     folder = tmp_path_factory.mktemp("bpe")
     text = SCRIPTS * 30
     common.write_text(folder, [text], common.train_bpe(text, 400))
