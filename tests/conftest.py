@@ -5,6 +5,7 @@ them in this process, which is quickest; `fork` and `world` in forks of it; `spa
 
 import atexit
 import csv
+import gc
 import os
 import pickle
 import runpy
@@ -62,9 +63,11 @@ TIME_COLUMNS = ("tokens_per_s", "time_ms", "mfu")
 VOCAB = "\n abcdefghijklmnopqrstuvwxyz"
 
 
-def pytest_configure(config):
-    """Runs that fail in this process leave their data files open."""
-    config.addinivalue_line("filterwarnings", "ignore:unclosed file:ResourceWarning")
+def pytest_collection_finish(session):
+    """All modules are imported now, and need no garbage collection."""
+    gc.freeze()
+    # runs that fail in this process leave their data files open
+    session.config.addinivalue_line("filterwarnings", "ignore:unclosed file:ResourceWarning")
 
 
 def make_dataset(folder):
@@ -175,6 +178,7 @@ def fork(*arguments, before=None, **env):
     pid = os.fork()
     if pid > 0:
         return pid
+    gc.freeze()  # what the fork has from this process needs no garbage collection
     try:
         os.environ.update(env)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
