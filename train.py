@@ -112,6 +112,7 @@ if gradient_accumulation_steps % world_size != 0:
 
 device, dtype, compile = runtime.setup_device(device, dtype, compile, local_rank, deterministic)
 device_type = device.split(":")[0]
+# Without autocast's cache of cast weights, which recomputed blocks would keep in memory for long.
 autocast = runtime.make_autocast(device, dtype, cache_enabled=not gradient_checkpointing)
 backend = runtime.init_processes(rank, world_size, backend, device_type)
 
