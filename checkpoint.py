@@ -6,20 +6,18 @@ A checkpoint is a dict of tensors and plain values. Its keys `model`, `optimizer
 """
 
 import contextlib
-import dataclasses
 import glob
 import json
 import os
 import pickle
 import re
-import sys
 import zipfile
 
 import torch
 
 from configurator import UserError
 
-VERSION = "0.10.0"
+VERSION = "0.11.0"
 GPT2_VOCAB_SIZE = 50257  # 256 bytes, 50,000 merges, <|endoftext|>
 
 # ---- checkpoints ----
@@ -51,15 +49,13 @@ def save_checkpoint(path, state, **values):
             raise ValueError(f"rename {key!r} in `state`: checkpoints use the name themselves")
         checkpoint[key] = value.state_dict() if hasattr(value, "state_dict") else value
     try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with atomic_write(path) as file:
             torch.save(checkpoint, file)
             file.flush()
             torch.load(file.name, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path!r} could not be read again: keep tensors and plain values of "
-                         f"Python only in `state`, settings and GPTConfig ({one_line(error)})"
-                         ) from None
+                         f"Python only in `state`, settings and GPTConfig ({error})") from None
     except (OSError, RuntimeError) as error:
         raise UserError(f"cannot save {path!r}, earlier checkpoints are intact: {error} "
                         "(if the disk is full, make room and resume)") from None
@@ -76,21 +72,18 @@ def load_checkpoint(path):
         if damaged:  # torch.load does not check
             raise ValueError(f"checksum mismatch in {damaged}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        checkpoint["iter_num"] = int(checkpoint["iter_num"])
         best_val_loss = float(checkpoint["best_val_loss"])  # nanoGPT's may be a tensor, or nan
         checkpoint["best_val_loss"] = min(1e9, best_val_loss)
         weights = checkpoint["model"].items()
         checkpoint["model"] = {name.removeprefix("_orig_mod."): p for name, p in weights}
-        checkpoint["config"] = dict(checkpoint["config"])
-        checkpoint["model_args"] = dict(checkpoint["model_args"])
         if "version" not in checkpoint:  # nanoGPT's CPU runs store a float16 that they do not use
             checkpoint["config"].pop("dtype", None)
-        nanogpt_lacks = dict(scaler={}, wandb_id=None, itos=None, tokenizer=None, data=None)
+        nanogpt_lacks = dict(scaler={}, wandb_id=None, tokenizer=None, data=None)
         return nanogpt_lacks | checkpoint
     except Exception as error:  # a damaged file can raise anything
-        refused = re.search(r"Unsupported .*|GLOBAL \S+", str(error))  # what it tried to call
-        cause = refused[0] if refused else f"{type(error).__name__}: {one_line(error)}"
-        raise UserError(f"cannot use the checkpoint {path!r}: {cause}") from None
+        cause = " ".join(str(error).split())[:500]
+        raise UserError(f"cannot use the checkpoint {path!r}: {type(error).__name__}: {cause}"
+                        ) from None
 
 
 def read_checkpoint(out_dir, best=False, required=False):
@@ -99,60 +92,23 @@ def read_checkpoint(out_dir, best=False, required=False):
     the one to sample from, ckpt.pt if there is one. If it is damaged, the other one. Without
     either, None, or a UserError if it is `required`.
     """
-    paths = [os.path.join(out_dir, name) for name in ("last.pt", "ckpt.pt")]
-    paths = [path for path in paths if os.path.exists(path)]
-    if required and not paths:
+    found, errors = [], []
+    for name in ("ckpt.pt", "last.pt"):
+        path = os.path.join(out_dir, name)
+        if os.path.exists(path) and not (best and found):
+            try:
+                found.append(load_checkpoint(path))
+            except UserError as error:
+                errors.append(error)
+    if errors and not found:
+        raise errors[0]
+    if required and not found:
         raise UserError(f"there is no ckpt.pt in out_dir={out_dir!r}: train first, name another "
                         "--out_dir, or choose another --init_from")
-    if not best:
-        paths.sort(key=read_iter_num)  # on a tie ckpt.pt stays last: it was written later
-    while paths:
-        try:
-            return load_checkpoint(paths.pop())
-        except UserError as error:
-            if not paths:
-                raise
-            print(f"note: {error}; using {paths[0]!r} instead")
-    return None
-
-
-def read_iter_num(path):
-    """The iteration of a checkpoint, without reading its tensors."""
-    try:
-        return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["iter_num"])
-    except Exception:  # load_checkpoint will say what is wrong
-        return float("inf")
-
-
-def build_model(model_class, config_class, model_args, weights):
-    """
-    A model of the shape `model_args` with a copy of `weights`. Fields of the config that
-    `model_args` lacks take their defaults, with a note. Raises UserError for what does not fit.
-    """
-    fields = {field.name for field in dataclasses.fields(config_class)}
-    for name in model_args.keys() - fields:
-        raise UserError(f"the model has {name}={model_args[name]!r}, and {config_class.__name__} "
-                        "no such field: use the model.py that it was trained with")
-    model = model_class(config_class(**model_args))
-    for name in fields - model_args.keys():
-        value = getattr(model.config, name)
-        print(f"note: the model was made without {name}: it takes the default {value!r}")
-    names = model.state_dict().keys()
-    for name in list(weights):
-        if name.endswith(".attn.bias") and name not in names:
-            del weights[name]  # a causal mask, in older checkpoints of nanoGPT
-    try:
-        model.load_state_dict(weights)
-    except Exception as error:  # weights made by hand can raise anything
-        raise UserError(f"the weights do not fit {model_args}: {one_line(error)}") from None
-    for name, p in model.named_parameters():  # a buffer may be infinite, as masks are
-        if not p.isfinite().all():
-            raise UserError(f"{name} has values that are not finite: use another checkpoint")
-    return model
-
-
-def one_line(error):
-    return " ".join(str(error).split())[:500]
+    for error in errors:
+        print(f"note: {error}; using the other one")
+    # on a tie ckpt.pt, the first: it was written later
+    return max(found, key=lambda checkpoint: checkpoint["iter_num"], default=None)
 
 
 def restore(state, checkpoint):
@@ -230,6 +186,7 @@ def trim_log(path, columns, iter_num):
 HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 TRANSPOSED = ("c_attn", "c_proj", "c_fc")  # weights are (in, out) there, (out, in) here
 
+DEFAULTS = dict(n_layer=12, n_head=12, n_embd=768, vocab_size=GPT2_VOCAB_SIZE, n_positions=1024)
 ARCHITECTURE = dict(  # what is the same in all of OpenAI's config.json
     model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5, n_inner=None,
     scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False,
@@ -248,11 +205,12 @@ def read_huggingface(source):
     weights = {}
     try:
         with open(find_file(source, "config.json"), encoding="utf-8") as file:
-            model_args = read_model_args(json.load(file))
-        paths = glob.glob(os.path.join(glob.escape(source), "model-*-of-*.safetensors"))
-        if not paths or os.path.exists(os.path.join(source, "model.safetensors")):
-            paths = [find_file(source, "model.safetensors")]
-        for path in paths:
+            config = DEFAULTS | json.load(file)
+        for key, value in ARCHITECTURE.items():
+            if config.get(key, value) != value:
+                raise ValueError(f"{key} is {config[key]!r}, not {value!r} as in OpenAI's GPT-2")
+        paths = glob.glob(os.path.join(glob.escape(source), "model*.safetensors"))  # a large one's
+        for path in paths or [find_file(source, "model.safetensors")]:
             for name, tensor in load_file(path).items():
                 name = "transformer." + name.removeprefix("transformer.")
                 is_mask = name.endswith((".attn.bias", ".attn.masked_bias"))
@@ -262,23 +220,11 @@ def read_huggingface(source):
                     weights[name] = tensor
         weights["lm_head.weight"] = weights["transformer.wte.weight"]
     except Exception as error:  # offline, missing, damaged: many kinds
-        raise UserError(f"cannot read a GPT-2 from {source!r}: {type(error).__name__}: "
-                        f"{one_line(error)}") from None
-    return model_args, weights
-
-
-def read_model_args(config):
-    n_embd = config.get("n_embd", 768)
-    if config.get("n_inner") == 4 * n_embd:
-        config["n_inner"] = None
-    if config.get("activation_function") == "gelu_pytorch_tanh":
-        config["activation_function"] = "gelu_new"  # another name
-    for key, value in ARCHITECTURE.items():
-        if config.get(key, value) != value:
-            raise ValueError(f"not OpenAI's architecture: {key} is {config[key]!r}, not {value!r}")
-    return dict(n_layer=config.get("n_layer", 12), n_head=config.get("n_head", 12), n_embd=n_embd,
-                block_size=config.get("n_positions", 1024), bias=True,
-                vocab_size=config.get("vocab_size", GPT2_VOCAB_SIZE), dropout=0.0)
+        cause = " ".join(str(error).split())[:500]
+        raise UserError(f"cannot read a GPT-2 from {source!r}: {type(error).__name__}: {cause}"
+                        ) from None
+    model_args = {key: config[key] for key in ("n_layer", "n_head", "n_embd", "vocab_size")}
+    return dict(model_args, block_size=config["n_positions"], bias=True, dropout=0.0), weights
 
 
 def find_file(source, name):
@@ -286,9 +232,6 @@ def find_file(source, name):
     if os.path.isdir(source):
         return os.path.join(source, name)
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.utils import disable_progress_bars
-    if not sys.stderr.isatty():
-        disable_progress_bars()
     return hf_hub_download(f"openai-community/{source}", name)
 
 

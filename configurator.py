@@ -49,8 +49,7 @@ def configure(settings, paths=None):
     sys.excepthook = excepthook
     prepare_streams()
     given_settings.clear()
-    plain = {key: value for key, value in settings.items() if type(value) in PLAIN_TYPES}
-    defaults = {key: value for key, value in plain.items() if not key.startswith("_")}
+    defaults = {key: value for key, value in settings.items() if is_setting(key, value)}
     config = dict(defaults)
     for argument in sys.argv[1:]:
         if argument in ("--help", "-h"):
@@ -59,7 +58,6 @@ def configure(settings, paths=None):
         if argument.startswith("--") and "=" in argument:
             key, text = argument[2:].split("=", 1)
             changes = {key: parse_value(text, defaults.get(key))}
-            hint = "--help lists all settings"
         elif argument.startswith("-"):
             raise UserError(f"cannot read the argument {argument!r}; write --key=value")
         elif paths is not None:
@@ -67,27 +65,27 @@ def configure(settings, paths=None):
             continue
         else:
             changes = run_config_file(argument, config)
-            hint = "helper variables begin with an underscore"
         for key, value in changes.items():
             if key not in defaults:
                 nearest = ", ".join(difflib.get_close_matches(key, defaults, n=1, cutoff=0))
-                raise UserError(f"unknown setting {key!r} in {argument!r}; did you mean "
-                                f"{nearest}? ({hint})")
+                raise UserError(f"unknown setting {key!r} in {argument!r}; did you mean {nearest}? "
+                                "(--help lists all; helper variables in configs begin with _)")
             config[key] = check_type(key, value, defaults[key])
-            if key in PATHS and isinstance(config[key], str):
+            if key in PATHS and isinstance(value, str):
                 config[key] = os.path.expanduser(config[key])
             given_settings.add(key)
     settings.update(config)
     return config
 
 
+def is_setting(key, value):
+    return isinstance(value, PLAIN_TYPES) and not key.startswith("_")
+
+
 def prepare_streams():
     """Lets stdout and stderr take any text: replaced on a terminal, UTF-8 in files and pipes."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:  # closed, as by 2>&-
-            setattr(sys, name, open(os.devnull, "w"))
-        elif hasattr(stream, "reconfigure"):  # not in a notebook
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not in a notebook, nor after 2>&-
             encoding = None if stream.isatty() else "utf-8"
             stream.reconfigure(encoding=encoding, errors="replace", line_buffering=True)
 
@@ -104,11 +102,7 @@ def run_config_file(path, config):
     # Settings are passed as builtins: the file can read them, and its globals are what it assigns.
     names = {"__name__": "__config__", "__file__": path, "__builtins__": vars(builtins) | config}
     exec(compile(source, path, "exec"), names)
-    changes = {}
-    for key, value in names.items():
-        if key in config or (isinstance(value, PLAIN_TYPES) and not key.startswith("_")):
-            changes[key] = value
-    return changes
+    return {key: value for key, value in names.items() if key in config or is_setting(key, value)}
 
 
 def parse_value(text, default):
@@ -128,12 +122,9 @@ def check_type(key, value, default):
     """`value` in the type of `default`: 1 -> 1.0, 2.0 -> 2; any plain type if that is 'auto'."""
     kind = type(default)
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)  # NumPy's included
-    if is_number and -2**63 < value < 2**63:
-        if kind is int and value % 1 == 0:
-            return int(value)
-        if kind is float:
-            return float(value)
-    if kind in (bool, str) and type(value) is kind:
+    if kind in (int, float) and is_number and -2**63 < value < 2**63 and kind(value) == value:
+        return kind(value)
+    if type(value) is kind and kind in (bool, str):
         return value
     if default == "auto" and type(value) in PLAIN_TYPES:
         return value
@@ -163,14 +154,12 @@ def restore_settings(config, checkpoint, not_restored):
     for key, old_value in (checkpoint["config"] | checkpoint["model_args"]).items():
         if key not in config or key in not_restored:
             continue
-        is_changed = key in given_settings and config[key] != old_value
-        if is_changed and key not in shape:
-            print(f"note: {key} was {old_value!r} and is {config[key]!r} from here on")
-            continue
-        if is_changed:
+        if key in given_settings and config[key] != old_value:
+            if key not in shape:
+                print(f"note: {key} was {old_value!r} and is {config[key]!r} from here on")
+                continue
             print(f"note: {key} stays {old_value!r}: the model's shape is the checkpoint's")
-        is_none = old_value is None  # as GPTConfig may have it
-        config[key] = None if is_none else check_type(key, old_value, config[key])
+        config[key] = old_value
 
 
 def help_text(settings):
@@ -194,12 +183,14 @@ def excepthook(kind, error, trace):
     Prints an uncaught exception: a UserError, a missing file, too little memory or a lost process
     in one line, anything else with its traceback.
     """
-    message = " ".join(str(error).split())
+    message = " ".join(str(error).split())[:1000]
     text = "".join(traceback.format_exception(kind, error, trace)).strip()
     files = [frame.filename for frame in traceback.extract_tb(trace)]
     in_config_file = any(file in config_files for file in files)  # its traceback names the line
     names_file = isinstance(error, OSError) and error.filename is not None and not in_config_file
     peer_lost = re.search("^Dist|gloo|NCCL|Connection|Broken pipe", f"{kind.__name__} {message}")
+    if kind is BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python would try to flush it at the end
     if kind in (KeyboardInterrupt, BrokenPipeError):
         text = "stopped"
     elif isinstance(error, UserError) or names_file:
@@ -209,8 +200,3 @@ def excepthook(kind, error, trace):
     elif peer_lost and isinstance(error, RuntimeError) and "RANK" in os.environ:
         text = f"error: cannot reach the other processes; see their errors ({message})"
     print(printable(text), file=sys.stderr)
-
-
-if __name__ == "__main__":  # exec'd by a script, as nanoGPT's scripts do
-    sys.exit("error: import the configurator instead: from configurator import configure, "
-             "then config = configure(globals()) below the settings")

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch.nn.utils import skip_init
 from torch.utils.checkpoint import checkpoint as recompute
 
-from checkpoint import build_model, read_checkpoint, read_huggingface, write_huggingface
+from checkpoint import read_checkpoint, read_huggingface, write_huggingface
 from configurator import UserError, check_ranges
 from muon import Muon
 from runtime import peak_flops
@@ -62,23 +62,18 @@ def embedding(num_ids, n_embd):
 
 
 class KVCache:
-    """Keys and values of one layer for the tokens so far: a buffer (2, B, nh, capacity, hs)."""
+    """Keys and values of one layer for the tokens so far."""
 
-    def __init__(self, capacity):
-        self.capacity = capacity
+    def __init__(self):
         self.length = 0
-        self.buffer = None
 
     def append(self, k, v):
         """Adds k, v (B, nh, T, hs) and returns all keys and values, each (B, nh, length, hs)."""
-        B, nh, T, hs = k.shape
-        if self.buffer is None:
-            self.buffer = k.new_empty(2, B, nh, self.capacity, hs)
-        start = self.length
-        self.length += T
-        self.buffer[0, :, :, start:self.length] = k
-        self.buffer[1, :, :, start:self.length] = v
-        return self.buffer[:, :, :, :self.length].unbind(0)
+        if self.length > 0:
+            k, v = torch.cat([self.k, k], dim=2), torch.cat([self.v, v], dim=2)
+        self.k, self.v = k, v
+        self.length = k.size(2)
+        return k, v
 
 
 def causal_attention(q, k, v, dropout):
@@ -264,15 +259,13 @@ class GPT(nn.Module):
         if idx.size(1) == 0:
             raise UserError("the prompt (start) is empty: give at least one token")
         block_size = self.config.block_size
-        capacity = min(block_size, idx.size(1) + max_new_tokens)
-        caches = [KVCache(capacity) for _ in range(self.config.n_layer)]
+        caches = [KVCache() for _ in self.transformer.h]
         context = idx[:, -block_size:]  # the latest tokens
         new_tokens = context  # those that the caches do not have yet
         for _ in range(max_new_tokens):
             if max(cache.length for cache in caches) + new_tokens.size(1) > block_size:
                 new_tokens = context[:, -max(1, block_size // 2):]
-                for cache in caches:
-                    cache.length = 0
+                caches = [KVCache() for _ in self.transformer.h]
             logits = self(new_tokens, caches=caches)[0][:, -1, :vocab_limit].float()  # (B, V)
             new_tokens = sample_token(logits, temperature, top_k, top_p)  # (B, 1)
             yield new_tokens
@@ -287,8 +280,29 @@ class GPT(nn.Module):
 
     @classmethod
     def from_state(cls, model_args, weights):
-        """A model of this shape with a float32 copy of `weights`. UserError if they don't fit."""
-        return build_model(cls, GPTConfig, model_args, weights)
+        """
+        A model of this shape with a float32 copy of `weights`. Fields of GPTConfig that
+        `model_args` lacks take their defaults, with a note. UserError for what does not fit.
+        """
+        fields = {field.name for field in dataclasses.fields(GPTConfig)}
+        for name in model_args.keys() - fields:
+            raise UserError(f"the model has {name}={model_args[name]!r}, and GPTConfig has no such "
+                            "field: use the model.py that it was trained with")
+        model = cls(GPTConfig(**model_args))
+        for name in fields - model_args.keys():
+            value = getattr(model.config, name)
+            print(f"note: the model was made without {name}: it takes the default {value!r}")
+        for name in weights.keys() - model.state_dict().keys():
+            if name.endswith(".attn.bias"):  # a causal mask, in older checkpoints of nanoGPT
+                del weights[name]
+        try:
+            model.load_state_dict(weights)
+        except Exception as error:  # weights made by hand can raise anything
+            raise UserError(f"the weights do not fit {model_args}: {error}") from None
+        for name, p in model.named_parameters():  # a buffer may be infinite, as masks are
+            if not p.isfinite().all():
+                raise UserError(f"{name} has values that are not finite: use another checkpoint")
+        return model
 
     @classmethod
     def from_pretrained(cls, name_or_folder, override_args=None):

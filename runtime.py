@@ -9,7 +9,6 @@ import signal
 import sys
 import warnings
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -41,16 +40,12 @@ def process_ranks():
     """(rank, local_rank, world_size) as torchrun sets them; all but rank 0 are silenced."""
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
         return 0, 0, 1
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")
-    found = ", ".join(f"{name}={os.environ.get(name, '(not set)')}" for name in names)
     try:
-        rank, local_rank, world_size, _ = (int(os.environ[name]) for name in names[:4])
-        is_complete = 0 <= rank < world_size and os.environ["MASTER_ADDR"] != ""
-    except (KeyError, ValueError):
-        is_complete = False
-    if not is_complete:
-        raise UserError(f"these do not describe a process group: {found}; launch with torchrun, or "
-                        "unset RANK and WORLD_SIZE to run a single process")
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+        rank, local_rank, world_size = (int(os.environ[name]) for name in names)
+    except (KeyError, ValueError) as error:
+        raise UserError(f"the environment describes no process group ({error!r}): launch with "
+                        "torchrun, or unset RANK and WORLD_SIZE to run one process") from None
     if rank > 0:
         sys.stdout = open(os.devnull, "w")
         warnings.simplefilter("ignore")
@@ -61,24 +56,20 @@ def init_processes(rank, world_size, backend, device_type):
     """Connects the processes and returns the backend: 'auto' is 'nccl' on GPUs, else 'gloo'."""
     global store
     backends = ("nccl", "gloo") if device_type == "cuda" else ("gloo",)
-    if backend == "auto":
-        backend = backends[0]
+    backend = backends[0] if backend == "auto" else backend
     check_choice("backend", backend, backends)
     store = None
-    if world_size == 1:
-        return backend
-    # The waits below are in C++, where Python cannot answer Ctrl-C: let it end the process.
-    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
-    store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
-    # note: torchrun's store survives a restart of the workers, and with it the addresses of the
-    # dead ones. So every attempt gets its own names in the store.
-    attempt = 0
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+    if world_size > 1:
+        # The waits below are in C++, where Python cannot answer Ctrl-C: let it end the process.
+        handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
+        store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        # note: torchrun's store survives a restart of the workers, and with it the addresses of
+        # the dead ones. So every attempt gets its own names in the store.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
-    store = dist.PrefixStore(f"attempt{attempt}", store)
-    dist.init_process_group(backend, rank=rank, world_size=world_size, store=store,
-                            timeout=TIMEOUT)
-    signal.signal(signal.SIGINT, handler)
+        store = dist.PrefixStore(f"attempt{attempt}", store)
+        dist.init_process_group(backend, rank=rank, world_size=world_size, store=store,
+                                timeout=TIMEOUT)
+        signal.signal(signal.SIGINT, handler)
     return backend
 
 
@@ -99,10 +90,9 @@ def broadcast(value):
 
 def sync_buffers(model):
     """Gives the model's buffers, which may be running statistics, the values of rank 0."""
-    buffers = list(model.buffers())
-    if buffers and dist.is_initialized():
-        for buffer, value in zip(buffers, broadcast([b.cpu() for b in buffers]), strict=True):
-            buffer.copy_(value)
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            buffer.copy_(broadcast(buffer.cpu()))
 
 
 def check_same(**values):
@@ -145,14 +135,13 @@ stop_signal = 0  # the number of the signal that asked this process to stop
 
 
 def catch_signals():
-    """From here on, signals and a closed stdout set `stop_signal`; a second Ctrl-C ends the run."""
+    """From here on, signals set `stop_signal`; a second Ctrl-C ends the run."""
     global stop_signal
     stop_signal = 0
     for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"):
         number = getattr(signal, name, None)  # Windows lacks some
         if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, on_signal)
-    sys.stdout = Stdout(sys.stdout)
 
 
 def on_signal(number, frame=None):
@@ -164,24 +153,6 @@ def on_signal(number, frame=None):
     if os.environ.get("RANK", "0") == "0":
         with contextlib.suppress(OSError):
             os.write(2, b"finishing the current update, then saving (Ctrl-C again: quit now)\n")
-
-
-class Stdout:
-    """A closed pipe stops the run as SIGTERM does: Ctrl-C also ends the tee of `| tee log`."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        try:
-            self.stream.write(text)
-        except OSError:
-            if stop_signal == 0:
-                on_signal(signal.SIGTERM)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def stop_requested():
@@ -202,10 +173,7 @@ def call_after_error(function):
         with contextlib.suppress(OSError):  # nobody may read stderr any more
             print_error(kind, error, trace)
         if kind is not KeyboardInterrupt:
-            try:
-                function()
-            except Exception as another:
-                print_error(type(another), another, another.__traceback__)
+            function()
     sys.excepthook = print_and_call
     atexit.register(function)
 
@@ -221,16 +189,13 @@ def setup_device(device, dtype, compile, local_rank=0, deterministic=False):
     check_choice("dtype", dtype, ("auto", "float32", "bfloat16", "float16"))
     check_choice("compile", compile, ("auto", True, False))
     device = choose_device(device, local_rank)
-    check_device(device)
     device_type = device.split(":")[0]
     if dtype == "auto":
-        dtype = "float16" if device_type == "cuda" else "float32"
-        if has_native_bfloat16(device_type):
-            dtype = "bfloat16"
+        emulated = "float16" if device_type == "cuda" else "float32"
+        dtype = "bfloat16" if has_native_bfloat16(device_type) else emulated
     if compile == "auto":
         compile = device_type == "cuda"
 
-    np.finfo(np.float32), np.finfo(np.float64)  # later, numpy before 2.3 would warn of denormals
     torch.set_flush_denormal(True)  # CPUs are tens of times slower with numbers below 1e-38
     # TF32 for those matrix products that stay in float32
     torch.set_float32_matmul_precision("high" if device_type == "cuda" else "highest")
@@ -245,7 +210,10 @@ def setup_device(device, dtype, compile, local_rank=0, deterministic=False):
 
 
 def choose_device(device, local_rank):
-    """'cuda:1', 'mps', 'cpu' or whatever else torch knows; the GPU of this process."""
+    """
+    'cuda:1', 'mps', 'cpu' or whatever else torch knows; the GPU of this process. Raises UserError
+    for what torch does not know, find or have kernels for.
+    """
     if device == "auto":
         device = "cpu"
         if torch.cuda.is_available():
@@ -258,11 +226,6 @@ def choose_device(device, local_rank):
             device = f"cuda:{local_rank}"
         elif device == "cuda":
             device = "cuda:0"
-    return device
-
-
-def check_device(device):
-    """Raises UserError for a device that torch does not know, find or have kernels for."""
     try:
         torch.zeros(1, device=device).add_(1)
         if device.startswith("cuda"):
@@ -272,13 +235,15 @@ def check_device(device):
         raise UserError(f"torch cannot use device={device!r} here; choose another --device, such "
                         "as cpu, start fewer processes, or install another build of torch "
                         f"({cause})") from None
+    return device
 
 
 def has_native_bfloat16(device_type):
     if device_type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    get_capabilities = getattr(torch.cpu, "get_capabilities", dict)  # torch 2.13 and later
-    features = get_capabilities() if device_type == "cpu" else {}
+    if device_type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):  # before torch 2.13
+        return False
+    features = torch.cpu.get_capabilities()
     return features.get("avx512_bf16", False) or features.get("amx_bf16", False)
 
 

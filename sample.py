@@ -11,16 +11,17 @@ from configurator import UserError, check_ranges, configure, printable, set_envi
 
 set_environment()  # before torch is imported
 
-import contextlib
 import itertools
 import os
 import signal
 import sys
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from data.common import dataset_folder, export_files, make_tokenizer, read_vocabulary
+from data.common import dataset_folder
+from data.vocab import GPT2, export_files, make_tokenizer, read_vocabulary, run_tokenizer
 from model import load_model
 from runtime import make_autocast, setup_device
 
@@ -56,25 +57,26 @@ if device == "mps" and torch.__version__ < (2, 12):  # pytorch issues 169222 and
                     "or later, or use --device=cpu")
 torch.backends.cuda.enable_cudnn_sdp(False)  # on Hopper it compiles attention for each length
 model, checkpoint = load_model(init_from, out_dir)
-vocabulary = checkpoint or read_vocabulary(init_from)
-if checkpoint and not checkpoint["data"]:  # nanoGPT's: the characters are in the data folder
-    vocabulary = read_vocabulary(dataset_folder(checkpoint["config"].get("dataset", "")))
+if checkpoint and checkpoint["data"]:
+    tokenizer = run_tokenizer(checkpoint)
+else:  # nanoGPT's checkpoints leave the characters in the data folder
+    folder = dataset_folder(checkpoint["config"].get("dataset", "")) if checkpoint else init_from
+    tokenizer = read_vocabulary(folder, GPT2)["tokenizer"]
+vocab_size = model.config.vocab_size
 
 if export:
     model.save_pretrained(export)
-    files = {}
-    if vocabulary["itos"] or vocabulary["tokenizer"] or model.config.vocab_size >= 50257:
-        files = export_files(vocabulary, model.config.block_size)
+    if tokenizer == "gpt2" and vocab_size < GPT2["vocab_size"]:
+        tokenizer = None
+    files = export_files(tokenizer, model.config.block_size)
     for name in ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"):
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(os.path.join(export, name))  # of another export
-    for name, content in files.items():
-        with open(os.path.join(export, name), "wb") as file:
-            file.write(content)
+        path = Path(export, name)
+        path.unlink(missing_ok=True)  # of another export
+        if name in files:
+            path.write_bytes(files[name])
     print(f"wrote {', '.join(sorted(os.listdir(export)))} to {export}")
     sys.exit()
-vocab_size = model.config.vocab_size
-encode, decode, vocab_limit, end_token = make_tokenizer(vocabulary, vocab_size)
+encode, decode, num_ids, end_token = make_tokenizer(tokenizer, vocab_size)
 model.to(device)
 if compile:
     model.forward = torch.compile(model.forward, dynamic=True)
@@ -98,26 +100,31 @@ prompt = torch.tensor([ids], device=device).expand(num_samples, -1)  # (B, T)
 if hasattr(signal, "SIGPIPE"):  # Windows has none
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends this quietly
 torch.manual_seed(seed)
-stream = model.generate_stream(prompt, max_new_tokens, temperature, top_k, top_p, vocab_limit)
+stream = model.generate_stream(prompt, max_new_tokens, temperature, top_k, top_p, num_ids)
+
+
+def continuation(context, new_ids):
+    """The text of `new_ids`, which may depend on the ids before them."""
+    return printable(decode(context + new_ids)[len(decode(context)):])
+
+
 with make_autocast(device, dtype):
     if num_samples == 1:
         print(start, end="", flush=True)
-        pending = []  # tokens whose bytes are not whole characters yet
-        for tensor in stream:
-            token = tensor.item()
-            if token == end_token:
+        pending = []  # ids whose bytes are not complete characters yet
+        for token in stream:
+            if token.item() == end_token:
                 break
-            pending.append(token)
-            text = decode(pending)
+            pending.append(token.item())
+            text = continuation(ids, pending)
             if not text.endswith("\ufffd"):
-                print(printable(text), end="", flush=True)
-                pending = []
-        print(printable(decode(pending)))
+                print(text, end="", flush=True)
+                ids, pending = pending, []
+        print(continuation(ids, pending))
         print("-" * 15)
     else:
         bar = tqdm(stream, "sampling", max_new_tokens, leave=False, delay=2, disable=None)
-        tokens = torch.cat(list(bar), dim=1)
-        for sample in tokens.tolist():
-            sample = itertools.takewhile(lambda token: token != end_token, sample)
-            print(start + printable(decode(list(sample))))
+        for sample in torch.cat(list(bar), dim=1).tolist():
+            new_ids = list(itertools.takewhile(lambda token: token != end_token, sample))
+            print(start + continuation(ids, new_ids))
             print("-" * 15)

@@ -27,7 +27,7 @@ from tqdm import tqdm
 import runtime
 from checkpoint import back_up, read_checkpoint, restore, save_checkpoint, trim_log
 from configurator import UserError, check_choice, check_ranges, configure, restore_settings
-from data import common
+from data import common, vocab
 from model import GPT, GPTConfig, load_model
 from plot import draw_losses
 
@@ -86,8 +86,6 @@ config = configure(globals())
 
 rank, local_rank, world_size = runtime.process_ranks()
 master_process = rank == 0  # the one that prints, logs and saves
-if master_process and not eval_only:
-    run_lock = common.lock_folder(out_dir)  # before the checkpoint is read
 
 checkpoint = None
 if init_from in ("resume", "auto"):
@@ -101,7 +99,7 @@ if checkpoint:
 check_ranges(config, "eval_interval log_interval gradient_accumulation_steps batch_size", 1)
 check_ranges(config, "eval_iters learning_rate muon_lr_scale weight_decay grad_clip warmup_iters "
              "lr_decay_iters min_lr decay_frac", 0)
-check_ranges(config, "dropout beta1 beta2", 0, 0.999999)
+check_ranges(config, "beta1 beta2", 0, 0.999999)
 check_ranges(config, "max_iters", 0, 2**31)
 check_ranges(config, "seed", 0, 2**63)
 check_choice("optimizer_type", optimizer_type, ("adamw", "muon"))
@@ -119,7 +117,7 @@ backend = runtime.init_processes(rank, world_size, backend, device_type)
 # ---- data ----
 
 TRAIN, EVAL_TRAIN, EVAL_VAL, MODEL = range(4)  # streams of random bits
-vocabulary = common.read_vocabulary(common.dataset_folder(dataset))
+vocabulary = vocab.read_vocabulary(common.dataset_folder(dataset), vocab.GPT2)
 token_files, num_tokens = {}, {}  # by split
 for split in ("train", "val"):
     # Keep the files open, so that rerunning prepare.py cannot change this run.
@@ -178,7 +176,7 @@ def get_batch(split, stream, iteration, micro_step=0):
 
 torch.manual_seed(seed)
 if checkpoint:
-    pretrained = checkpoint  # with its tokens
+    tokenizer = vocab.run_tokenizer(checkpoint)
     model_args = dict(checkpoint["model_args"], dropout=dropout)
     model = GPT.from_state(model_args, checkpoint["model"])
 elif init_from in ("scratch", "auto"):
@@ -188,16 +186,16 @@ elif init_from in ("scratch", "auto"):
     model_args = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size,
                       bias=bias, vocab_size=vocab_size, dropout=dropout)
     model = GPT(GPTConfig(**model_args))
-    pretrained = dict(vocabulary, data={})
+    tokenizer = vocabulary["tokenizer"]
 else:
-    model, pretrained = load_model(init_from, out_dir, dropout=dropout)
-    pretrained = pretrained or common.exported_vocabulary(init_from)
+    model = load_model(init_from, out_dir, dropout=dropout)[0]
+    tokenizer = vocab.read_vocabulary(init_from, vocab.UNKNOWN)["tokenizer"]
     model.train().crop_block_size(block_size)
 model.to(device)
 model.gradient_checkpointing = gradient_checkpointing
 model_args = vars(model.config)
 config.update(model_args, device=device, dtype=dtype, compile=compile, backend=backend)
-common.check_vocabulary(dataset, vocabulary, model.config.vocab_size, pretrained)
+vocab.check_vocabulary(dataset, vocabulary, model.config.vocab_size, tokenizer)
 
 # What a run carries from one update to the next. Whatever is added here, a thing with a state_dict
 # or a plain value, is saved in checkpoints and restored from them.
@@ -218,7 +216,7 @@ if checkpoint:
     saved_iter = state["iter_num"]
     if not common.is_same_data(dataset, data_fingerprint, checkpoint):
         state["best_val_loss"] = 1e9  # losses cannot be compared
-    checkpoint = pretrained = None  # frees the memory
+    checkpoint = None  # frees the memory
 scaler = state["scaler"]
 optimizers = [value for value in state.values() if isinstance(value, torch.optim.Optimizer)]
 
@@ -313,8 +311,7 @@ def save(name, on_any_process=False):
     global saved_iter
     if master_process or on_any_process:
         save_checkpoint(os.path.join(out_dir, name), state, model_args=model_args, config=config,
-                        itos=vocabulary["itos"], tokenizer=vocabulary["tokenizer"],
-                        data=data_fingerprint)
+                        tokenizer=vocabulary["tokenizer"], data=data_fingerprint)
         if name in ("ckpt.pt", "last.pt"):
             saved_iter = state["iter_num"]
 
@@ -327,18 +324,17 @@ def save_after_error():
         for buffer, old in zip(model.buffers(), buffers, strict=True):
             buffer.copy_(old)
         save("last.pt", on_any_process=True)  # rank 0 may be stuck
-        print(f"saved last.pt before iteration {state['iter_num']}", file=sys.stderr)
+        print(f"saved last.pt before iteration {saved_iter}", file=sys.stderr)
 
 
 updating = False  # the weights are being changed: they belong to no iteration
 diverged = False
 buffers = []  # copies from before the update under way: a forward pass may change them
 skipped_in_a_row = 0  # updates that were not finite; nothing is saved while they go on
-threads = f", {torch.get_num_threads()} threads" if device_type == "cpu" else ""
-compiled = ", compiled" if compile else ""
-num_params = model.get_num_params(False) / 1e6
+num_params = model.get_num_params(non_embedding=False) / 1e6
 print(f"{num_params:.2f}M parameters, {tokens_per_iter:,} tokens per iteration, {world_size} x "
-      f"{device_type} in {dtype}{threads}{compiled}, from iteration {state['iter_num']}")
+      f"{device_type} in {dtype}, {compile=}, {torch.get_num_threads()} threads, from iteration "
+      f"{state['iter_num']}")
 if decay_lr and min_lr == 0 and lr_decay_iters < max_iters:
     print(f"note: max_iters={max_iters}, but the learning rate is 0 from {lr_decay_iters=} on")
 if 0 < max_iters <= state["iter_num"] and not eval_only:
@@ -355,6 +351,7 @@ if not eval_only:
         state["wandb_id"] = wandb_run.id
     state["wandb_id"] = runtime.broadcast(state["wandb_id"])
     if master_process:
+        run_lock = common.lock_folder(out_dir)
         if saved_iter is None:
             back_up(out_dir)
         trim_log(log_path, COLUMNS, state["iter_num"])
@@ -386,7 +383,7 @@ while True:
         line = f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}"
         if eval_iters == 0:
             num_targets = num_eval_sequences * block_size
-            bits = common.bits_per_byte(losses["val"], vocabulary, token_files["val"], num_targets)
+            bits = vocab.bits_per_byte(losses["val"], vocabulary, token_files["val"], num_targets)
             line += f", {bits:.4f} bits per byte" if bits else ""
         if eval_only:
             print(line)
@@ -484,12 +481,10 @@ while True:
 
 exit_code = 0
 if not eval_only:
-    if skipped_in_a_row == 0 and not diverged and saved_iter != state["iter_num"]:
+    if skipped_in_a_row == 0 and saved_iter != state["iter_num"] and not diverged:
         save("last.pt")
-    summary = f"time {datetime.timedelta(seconds=int(time.perf_counter() - start_time))}"
-    if state["best_val_loss"] < 1e9:
-        summary = f"best val loss {state['best_val_loss']:.4f}, {summary}"
-    print(summary)
+    best = f"best val loss {state['best_val_loss']:.4f}, " if state["best_val_loss"] < 1e9 else ""
+    print(f"{best}time {datetime.timedelta(seconds=int(time.perf_counter() - start_time))}")
     command = f"python train.py --out_dir={shlex.quote(out_dir)} --init_from=resume"
     if saved_iter is None:
         command = "start again, nothing was saved"

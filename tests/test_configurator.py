@@ -57,7 +57,7 @@ def test_unknown_settings_name_the_nearest(configured):
             configured(argument)
     with pytest.raises(UserError, match="unknown setting 'x'"):
         configured("--x=1", defaults={})
-    with pytest.raises(UserError, match="unknown setting 'base'.*begin with an underscore"):
+    with pytest.raises(UserError, match="unknown setting 'base'.*in configs begin with _"):
         configured("base = 4\nbatch_size = 2 * base\n")
 
 

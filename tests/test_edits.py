@@ -22,7 +22,7 @@ class Copy:
     def __init__(self, folder, dataset):
         self.folder, self.dataset = folder, dataset
         (folder / "data").mkdir(parents=True)
-        for path in [*ROOT.glob("*.py"), ROOT / "data/common.py"]:
+        for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py")]:
             shutil.copy(path, folder / path.relative_to(ROOT))
 
     def edit(self, *replacements):
@@ -109,7 +109,7 @@ def check_sampling():
         context = torch.cat([context, next_tokens], dim=1)
         tokens = torch.cat([tokens, next_tokens], dim=1)
     assert torch.equal(sampled, tokens)
-    caches = [KVCache(8) for _ in gpt.transformer.h]
+    caches = [KVCache() for _ in gpt.transformer.h]
     logits = [gpt(tokens[:, [t]], caches=caches)[0] for t in range(8)]
     torch.testing.assert_close(torch.cat(logits, dim=1), gpt(tokens[:, :8])[0])
 
@@ -200,7 +200,7 @@ def test_a_new_field_of_the_config(copy, unedited):
     copy.check_exact()
     assert copy.column("a", "loss") != unedited.column("a", "loss")
     output = unedited.resume(copy.folder / "a", code=1)
-    assert output.startswith("error: the model has smoothing=0.1, and GPTConfig no such field")
+    assert output.startswith("error: the model has smoothing=0.1, and GPTConfig has no such field")
     output = copy.run("sample.py", f"--out_dir={unedited.folder / 'a'}", "--max_new_tokens=1")
     assert "made without smoothing: it takes the default 0.0\n" in output
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import newest, spawn
 
-from data.common import gpt2_bpe, make_tokenizer
+from data.vocab import characters, gpt2_bpe, make_tokenizer
 from model import GPT, GPTConfig
 
 RULE = "-" * 15 + "\n"  # after each sample
@@ -63,7 +63,7 @@ def test_greedy_samples_and_off_values(sample, out_dir):
     """Against a plain forward pass."""
     saved = newest(out_dir)
     model = GPT.from_state(saved["model_args"], saved["model"]).eval()
-    encode, decode, _, _ = make_tokenizer(saved, 28)
+    encode, decode, _, _ = make_tokenizer(saved["tokenizer"], 28)
     ids = encode("the")
     for _ in range(5):
         with torch.no_grad():
@@ -111,7 +111,7 @@ def test_a_terminal_gets_what_it_can_show_and_a_pipe_utf8(
         sample, out_dir, monkeypatch, num_samples, is_terminal):
     """On a computer whose encoding is ASCII. Control characters reach neither."""
     saved = torch.load(out_dir / "ckpt.pt", weights_only=True)
-    saved["itos"] = {i: "β\x1b"[i % 2] for i in range(28)}
+    saved["tokenizer"] = characters({i: "β\x1b"[i % 2] for i in range(28)})["tokenizer"]
     torch.save(saved, out_dir / "ckpt.pt")
     stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     stdout.isatty = lambda: is_terminal
@@ -171,7 +171,7 @@ def test_the_best_checkpoint_is_sampled_with_its_own_characters(run, train, data
 
 def test_characters_of_nanogpts_checkpoint_come_from_its_data(sample, out_dir):
     saved = torch.load(out_dir / "ckpt.pt", weights_only=True)
-    for key in ("itos", "data", "version"):
+    for key in ("tokenizer", "data", "version"):
         del saved[key]
     torch.save(saved, out_dir / "ckpt.pt")
     assert sample("--start=the").count("the") >= 2

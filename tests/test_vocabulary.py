@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import newest
 
-from data import common
+from data import vocab
 from model import GPT, GPTConfig, load_model
 
 TEXT = "Es war einmal ein König — Ἐν ἀρχῇ ἦν ὁ λόγος. हिन्दी 日本語 🙂 the end.\n" * 60
@@ -45,8 +45,8 @@ def out_dir(run, tmp_path, prepared):
 def test_bits_per_byte_are_the_nats_of_val_over_its_bytes(run, prepared, out_dir):
     """Computed from the decoded text, and the plain forward pass of one sequence after another."""
     printed = float(re.findall(r"step 3: .*, ([\d.]+) bits per byte", run.out)[0])
-    vocabulary = common.read_vocabulary(prepared)
-    _, decode, _, end_token = common.make_tokenizer(vocabulary, vocabulary["vocab_size"])
+    vocabulary = vocab.read_vocabulary(prepared, vocab.GPT2)
+    _, decode, _, end_token = vocab.make_tokenizer(vocabulary["tokenizer"], 50304)
     ids = np.fromfile(prepared / "val.bin", "<u2").astype(int)
     model, _ = load_model("resume", str(out_dir))
     num_sequences = (min(len(ids), (prepared / "train.bin").stat().st_size // 2) - 1) // 8
@@ -64,9 +64,8 @@ def test_bits_per_byte_are_the_nats_of_val_over_its_bytes(run, prepared, out_dir
 
 def test_a_checkpoint_carries_its_tokens(run, prepared, out_dir):
     """Sampling needs no data folder, and encodes a prompt as the data set was encoded."""
-    vocabulary = common.read_vocabulary(prepared)
-    for key in ("itos", "tokenizer"):
-        assert newest(out_dir)[key] == vocabulary[key]
+    vocabulary = vocab.read_vocabulary(prepared, vocab.GPT2)
+    assert newest(out_dir)["tokenizer"] == vocabulary["tokenizer"]
     for path in prepared.iterdir():
         path.unlink()
     arguments = ["--start=the end", "--max_new_tokens=5", "--num_samples=2", "--device=cpu"]
@@ -93,7 +92,8 @@ def test_new_text_can_be_prepared_with_the_tokens_of_a_run(run, tmp_path, prepar
     (tmp_path / "new.txt").write_text(TEXT[::-1], encoding="utf-8")
     run("data/text/prepare.py", tmp_path / "new.txt", f"--tokens={out_dir}",
         f"--out_dir={tmp_path / 'new'}")
-    assert common.read_vocabulary(tmp_path / "new") == common.read_vocabulary(prepared)
+    expected = vocab.read_vocabulary(prepared, vocab.GPT2)
+    assert vocab.read_vocabulary(tmp_path / "new", vocab.GPT2) == expected
 
 
 @pytest.mark.parametrize("source", ["run", "exported"])
@@ -123,8 +123,7 @@ def test_an_exported_folder_opens_in_transformers_with_its_tokens(run, tmp_path,
     with pytest.raises(SystemExit):
         run("sample.py", f"--out_dir={out_dir}", f"--export={folder}")
     assert (folder / "model.safetensors").stat().st_mode & 0o777 == 0o644
-    vocabulary = newest(out_dir)
-    encode, decode, _, _ = common.make_tokenizer(vocabulary, vocabulary["config"]["vocab_size"])
+    encode, decode, _, _ = vocab.make_tokenizer(newest(out_dir)["tokenizer"], 50304)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     assert tokenizer(TEXT[:200])["input_ids"] == encode(TEXT[:200])
     pipe = transformers.pipeline("text-generation", str(folder), device="cpu")

@@ -26,12 +26,12 @@ sys.path.insert(0, str(HERE.parents[1]))
 
 import datasets
 import pyarrow
-from huggingface_hub import constants
 from pyarrow import parquet
 from tqdm import tqdm
 
 from configurator import UserError, check_ranges, configure
 from data import common
+from data.vocab import gpt2_bpe, make_tokenizer, read_vocabulary, stoi_of, write_vocabulary
 
 files = ''  # instead, a path or glob: .jsonl, .json or .parquet with a 'text' each, .txt; also .gz
 tokens = 'gpt2'  # or a tokenizer.json, or a folder that has one
@@ -42,8 +42,6 @@ out_dir = str(HERE)  # where train.bin and val.bin go
 known_counts = {revision: {"documents": 8_013_769, "train": 9_035_582_198, "val": 4_434_897}}
 check_ranges(configure(globals()), "num_proc", 1)
 
-CACHE = (f"{datasets.config.HF_DATASETS_CACHE}/Skylion007___openwebtext "
-         f"and {constants.HF_HUB_CACHE}/datasets--Skylion007--openwebtext")
 BATCH = 200  # documents that a worker process tokenizes in one go
 
 
@@ -61,9 +59,7 @@ def read_rows(path):
         elif first.startswith("["):  # one list, on any number of lines
             yield from json.loads(first + file.read())
         else:
-            for line in itertools.chain([first], file):
-                if line.strip():
-                    yield json.loads(line)
+            yield from (json.loads(line) for line in itertools.chain([first], file) if line.strip())
 
 
 def read_documents(paths):
@@ -96,16 +92,14 @@ def load_documents():
             documents = datasets.load_dataset("Skylion007/openwebtext", revision=revision,
                                               split="train")
     except Exception as error:
-        cause = error.__cause__ or error
-        hint = "" if files else f"; if a download is damaged, remove {CACHE}"
-        raise UserError(f"cannot load the documents: {cause}{hint}") from None
+        raise UserError(f"cannot load the documents: {error.__cause__ or error}") from None
     # note: if the hub fails, `datasets` falls back to any revision that its cache has
     if not files and revision not in str(documents.cache_files):
         raise UserError(f"cannot get commit {revision} from the hub, and the cache has another "
                         "one: try again later")
     num_texts = len(documents) - documents.data.column("text").null_count
     if num_texts < 2:
-        raise UserError(f"two or more documents with a column 'text' are needed, not {num_texts}")
+        raise UserError(f"two or more documents with a 'text' are needed, not {num_texts}")
     return documents
 
 
@@ -113,17 +107,17 @@ def check_count(name, count):
     """Compares a count with what the pinned commit is known to have."""
     is_known = not files and tokens == "gpt2" and revision in known_counts
     if is_known and count != known_counts[revision][name]:
-        raise UserError(f"{name}: {count:,} instead of {known_counts[revision][name]:,}; a "
-                        f"download is damaged: remove {CACHE} and try again")
+        raise UserError(f"{name}: {count:,} instead of {known_counts[revision][name]:,}; a damaged "
+                        f"download? Remove {datasets.config.HF_DATASETS_CACHE} and try again")
 
 
-def start_worker(split, vocabulary):
+def start_worker(split, tokenizer, vocab_size):
     """Runs first in each worker process: keeps the documents, and ends with the parent process."""
     global worker_documents, encode, end_token
     worker_documents = split
-    encode, _, _, end_token = common.make_tokenizer(vocabulary, vocabulary["vocab_size"])
+    encode, _, _, end_token = make_tokenizer(tokenizer, vocab_size)
     if not files and tokens == "gpt2":  # in OpenWebText itself <|endoftext|> is ordinary text
-        encode = common.gpt2_bpe().encode_ordinary
+        encode = gpt2_bpe().encode_ordinary
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -150,10 +144,11 @@ if __name__ == "__main__":  # worker processes may import this file
     signal.signal(signal.SIGTERM, on_signal)
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    vocabulary = common.tokenizer_of(tokens)
-    if vocabulary["itos"] is not None:
+    vocabulary = read_vocabulary(tokens)
+    tokenizer, vocab_size = vocabulary["tokenizer"], vocabulary["vocab_size"]
+    if stoi_of(tokenizer):
         raise UserError(f"tokens={tokens!r} has characters: use data/text/prepare.py")
-    common.make_tokenizer(vocabulary, vocabulary["vocab_size"])  # fetches GPT-2's once for all
+    make_tokenizer(tokenizer, vocab_size)  # downloads GPT-2's once for all
     documents = load_documents()
     check_count("documents", len(documents))
     splits = documents.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
@@ -163,7 +158,7 @@ if __name__ == "__main__":  # worker processes may import this file
             path = tmp_folder / f"{name}.bin"
             bar = tqdm(total=len(split), desc=f"{name}.bin", unit="documents", disable=None)
             workers = ProcessPoolExecutor(num_proc, initializer=start_worker,
-                                          initargs=(split, vocabulary))
+                                          initargs=(split, tokenizer, vocab_size))
             with workers, bar, open(path, "wb") as file:
                 for ids, skipped in workers.map(tokenize, range(0, len(split), BATCH)):
                     file.write(ids)
@@ -172,6 +167,5 @@ if __name__ == "__main__":  # worker processes may import this file
             num_tokens = os.path.getsize(path) // 2
             check_count(name, num_tokens)
             print(f"{name}.bin {num_tokens:,} tokens")
-        common.write_vocabulary(tmp_folder, vocabulary)
-    if all_skipped:
-        print(common.describe_skipped(all_skipped).removeprefix("; "))
+        write_vocabulary(tmp_folder, tokenizer)
+    common.print_skipped(all_skipped)

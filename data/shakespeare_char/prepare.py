@@ -11,8 +11,9 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
 from configurator import configure
-from data import common
+from data.common import split_text, write_text
+from data.vocab import characters_of
 
 configure(globals())
 text = (HERE.parent / "tinyshakespeare.txt").read_text(encoding="utf-8")
-print(common.write_text(HERE, [text], common.characters_of(text)))
+write_text(HERE, *split_text(text), characters_of(text))

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from configurator import UserError, check_ranges, configure
 from data import common
+from data.vocab import END_OF_TEXT, characters_of, read_vocabulary, stoi_of, train_bpe
 
 tokens = 'characters'  # or 'bpe', 'gpt2', a tokenizer.json, a folder that has one
 vocab_size = 4096  # tokens of 'bpe'
@@ -49,7 +50,6 @@ def find_files(path):
 
 if not paths:
     raise UserError("no text given; name files or folders: python data/text/prepare.py my.txt")
-
 given = [Path(path) for path in paths]
 texts = []
 num_skipped = 0
@@ -67,14 +67,14 @@ for path in tqdm(sum(map(find_files, given), []), disable=None):
 if num_skipped > 0:
     print(f"skipped {num_skipped} files that are not UTF-8 text")
 
-documents = [document for text in texts for document in text.split(common.END_OF_TEXT)]
+by_character = tokens == "characters"
+if tokens not in ("characters", "bpe"):
+    vocabulary = read_vocabulary(tokens)
+    by_character = stoi_of(vocabulary["tokenizer"]) is not None
+text = "\n".join(texts) if by_character else END_OF_TEXT.join([*texts, ""])
+train, val = common.split_text(text, val_frac)
 if tokens == "characters":
-    vocabulary = common.characters_of("\n".join(texts))
-elif tokens == "bpe":
-    text = "".join(documents)
-    vocabulary = common.train_bpe(text[:int(len(text) * (1 - val_frac))], vocab_size)
-else:
-    vocabulary = common.tokenizer_of(tokens)
-if vocabulary["itos"]:
-    documents = ["\n".join(texts)]
-print(common.write_text(out_dir, documents, vocabulary, val_frac))
+    vocabulary = characters_of(text)
+if tokens == "bpe":
+    vocabulary = train_bpe(train.replace(END_OF_TEXT, ""), vocab_size)
+common.write_text(out_dir, train, val, vocabulary)

