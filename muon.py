@@ -23,9 +23,8 @@ CPU_STACK_LIMIT = 2**18  # on a CPU, matrices with more elements are faster one 
 
 def orthogonalize(stack):
     """
-    Moves the singular values of each matrix near 1 (about 0.7 to 1.2), by Newton-Schulz iterations.
-
-    stack: (n, rows, columns), overwritten. Its dtype is the one computed in.
+    Moves the singular values of each matrix near 1 (about 0.7 to 1.2), by Newton-Schulz iterations
+    in the dtype of `stack` (n, rows, columns), which is overwritten.
     """
     norms = torch.stack(torch._foreach_norm(stack.unbind())).clamp_(min=EPS)
     x = stack.div_(norms[:, None, None])  # no singular value exceeds 1
@@ -48,24 +47,16 @@ class Muon(torch.optim.Optimizer):
     """
     Computes what torch.optim.Muon(params, lr, weight_decay, adjust_lr_fn="match_rms_adamw") does,
     bit for bit on a CPU, but stacks matrices of one shape: far fewer operations for a small model
-    or a GPU to launch. Each loads the other's state.
-
-    params: float32 matrices.
-    dtype: for the Newton-Schulz iterations; None: bfloat16, or float32 where a GPU emulates that.
+    or a GPU to launch. Each loads the other's state. `params` are float32 matrices.
     """
 
-    def __init__(self, params, lr=1e-3, weight_decay=0.1, dtype=None):
+    def __init__(self, params, lr=1e-3, weight_decay=0.1):
         # note: only lr and weight_decay are read; the rest lets torch's Muon go on from our state.
         defaults = dict(
             lr=lr, weight_decay=weight_decay, momentum=MOMENTUM, nesterov=True, eps=EPS,
             ns_coefficients=NS_COEFFICIENTS, ns_steps=NS_STEPS, adjust_lr_fn="match_rms_adamw",
         )
         super().__init__(params, defaults)
-        if dtype is None:
-            is_cuda = self.param_groups[0]["params"][0].is_cuda
-            emulates_bfloat16 = is_cuda and not has_native_bfloat16("cuda")  # V100, T4
-            dtype = torch.float32 if emulates_bfloat16 else torch.bfloat16
-        self.dtype = dtype  # not in the groups: a checkpoint may come from another device
 
     @torch.no_grad()
     def step(self):
@@ -84,17 +75,17 @@ class Muon(torch.optim.Optimizer):
 
     def update(self, params, lr, weight_decay):
         """Updates `params`, all of one shape."""
-        grads = [param.grad for param in params]
-        buffers = []
         for param in params:
-            state = self.state[param]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(param)
-            buffers.append(state["momentum_buffer"])
+            if not self.state[param]:
+                self.state[param]["momentum_buffer"] = torch.zeros_like(param)
+        buffers = [self.state[param]["momentum_buffer"] for param in params]
+        grads = [param.grad for param in params]
         torch._foreach_lerp_(buffers, grads, 1 - MOMENTUM)
         updates = torch._foreach_lerp(grads, buffers, MOMENTUM)  # Nesterov momentum
 
-        updates = orthogonalize(torch.stack(updates).to(self.dtype))
+        emulates_bfloat16 = params[0].is_cuda and not has_native_bfloat16("cuda")  # V100, T4
+        dtype = torch.float32 if emulates_bfloat16 else torch.bfloat16
+        updates = orthogonalize(torch.stack(updates).to(dtype))
         updates = updates.contiguous().float()  # dtype and strides of params: foreach's fast path
         rms_scale = 0.2 * math.sqrt(max(params[0].shape))  # 0.2: the RMS of AdamW's updates
         torch._foreach_mul_(params, 1 - lr * weight_decay)

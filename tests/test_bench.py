@@ -16,12 +16,11 @@ def read_json(out):
 
 
 def test_last_line_is_json_with_settings_and_figures(run):
-    run("bench.py", *TINY, "--num_samples=3")
+    run("bench.py", *TINY)
     results = read_json(run.out)
     assert results["n_embd"] == 16 and results["device"] == "cpu" and results["compile"] is False
-    assert results["torch"] == torch.__version__
-    assert results["gpu"] is None and results["mfu"] is None and results["train_tflops"] > 0
-    for part, num_tokens in (("train", 2 * 16), ("sample", 3 * 4)):
+    assert results["torch"] == torch.__version__ and results["gpu"] is None
+    for part, num_tokens in (("train", 2 * 16), ("sample", 4)):
         rate = num_tokens / results[f"{part}_ours_ms"] * 1000
         assert results[f"{part}_ours_rate"] == pytest.approx(rate)
         assert f"{part} ours: " in run.out
@@ -44,7 +43,6 @@ def test_muon_is_measured_and_sampling_can_be_left_out(run):
     assert "sample_ours_ms" not in results
 
 
-@pytest.mark.parametrize("argument", ["--steps=0", "--batch_size=0", "--optimizer_type=sgd"])
-def test_impossible_settings_are_refused(run, argument):
-    with pytest.raises(ValueError, match=argument[2:].split("=")[0]):
-        run("bench.py", *TINY, argument)
+def test_an_unknown_optimizer_is_refused(run):
+    with pytest.raises(ValueError, match="optimizer_type"):
+        run("bench.py", *TINY, "--optimizer_type=sgd")

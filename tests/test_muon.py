@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-import muon
 from muon import Muon
 
 # (n_layer, n_embd) -> matrices of GPT-2's blocks
@@ -71,19 +70,3 @@ def test_state_moves_between_torch_and_ours(tmp_path, from_torch):
             param.copy_(saved)
     other.load_state_dict(state)
     assert_same_training(optimizer, params, other, other_params, steps=2, seed=2)
-
-
-def test_dtype_is_that_of_the_iterations_and_survives_loading(monkeypatch):
-    computed_in = set()
-    orthogonalize = muon.orthogonalize
-
-    def record_dtype(stack):
-        computed_in.add(stack.dtype)
-        return orthogonalize(stack)
-    monkeypatch.setattr(muon, "orthogonalize", record_dtype)
-    params = make_params(*TINY)
-    optimizer = Muon(params, dtype=torch.float32)
-    optimizer.load_state_dict(Muon(make_params(*TINY)).state_dict())
-    set_grads(0, params)
-    optimizer.step()
-    assert computed_in == {torch.float32}
