@@ -74,9 +74,12 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         best_val_loss = float(checkpoint["best_val_loss"])  # nanoGPT's may be a tensor, or nan
         checkpoint["best_val_loss"] = min(1e9, best_val_loss)
+        is_nanogpts = "version" not in checkpoint
         weights = checkpoint["model"].items()
-        checkpoint["model"] = {name.removeprefix("_orig_mod."): p for name, p in weights}
-        if "version" not in checkpoint:  # nanoGPT's CPU runs store a float16 that they do not use
+        checkpoint["model"] = {
+            name.removeprefix("_orig_mod."): p for name, p in weights
+            if not (is_nanogpts and name.endswith(".attn.bias"))}  # a causal mask
+        if is_nanogpts:  # CPU runs store a float16 that they do not use
             checkpoint["config"].pop("dtype", None)
         nanogpt_lacks = dict(scaler={}, wandb_id=None, tokenizer=None, data=None)
         return nanogpt_lacks | checkpoint

@@ -49,7 +49,7 @@ def configure(settings, paths=None):
     sys.excepthook = excepthook
     prepare_streams()
     given_settings.clear()
-    defaults = {key: value for key, value in settings.items() if is_setting(key, value)}
+    defaults = plain_values(settings)
     config = dict(defaults)
     for argument in sys.argv[1:]:
         if argument in ("--help", "-h"):
@@ -78,8 +78,10 @@ def configure(settings, paths=None):
     return config
 
 
-def is_setting(key, value):
-    return isinstance(value, PLAIN_TYPES) and not key.startswith("_")
+def plain_values(names):
+    """Those of a module's globals that are settings, or look like them."""
+    return {key: value for key, value in names.items()
+            if isinstance(value, PLAIN_TYPES) and not key.startswith("_")}
 
 
 def prepare_streams():
@@ -102,7 +104,7 @@ def run_config_file(path, config):
     # Settings are passed as builtins: the file can read them, and its globals are what it assigns.
     names = {"__name__": "__config__", "__file__": path, "__builtins__": vars(builtins) | config}
     exec(compile(source, path, "exec"), names)
-    return {key: value for key, value in names.items() if key in config or is_setting(key, value)}
+    return plain_values(names) | {key: names[key] for key in config.keys() & names.keys()}
 
 
 def parse_value(text, default):

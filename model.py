@@ -292,9 +292,6 @@ class GPT(nn.Module):
         for name in fields - model_args.keys():
             value = getattr(model.config, name)
             print(f"note: the model was made without {name}: it takes the default {value!r}")
-        for name in weights.keys() - model.state_dict().keys():
-            if name.endswith(".attn.bias"):  # a causal mask, in older checkpoints of nanoGPT
-                del weights[name]
         try:
             model.load_state_dict(weights)
         except Exception as error:  # weights made by hand can raise anything

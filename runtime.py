@@ -38,14 +38,12 @@ store = None  # of torch.distributed, for what processes tell each other without
 
 def process_ranks():
     """(rank, local_rank, world_size) as torchrun sets them; all but rank 0 are silenced."""
-    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
-        return 0, 0, 1
-    try:
-        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-        rank, local_rank, world_size = (int(os.environ[name]) for name in names)
-    except (KeyError, ValueError) as error:
-        raise UserError(f"the environment describes no process group ({error!r}): launch with "
-                        "torchrun, or unset RANK and WORLD_SIZE to run one process") from None
+    rank = int(os.environ.get("RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if rank >= world_size:
+        raise UserError(f"RANK={rank}, but WORLD_SIZE={world_size}: launch with torchrun, or unset "
+                        "both to run one process")
     if rank > 0:
         sys.stdout = open(os.devnull, "w")
         warnings.simplefilter("ignore")
@@ -60,8 +58,6 @@ def init_processes(rank, world_size, backend, device_type):
     check_choice("backend", backend, backends)
     store = None
     if world_size > 1:
-        # The waits below are in C++, where Python cannot answer Ctrl-C: let it end the process.
-        handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
         store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
         # note: torchrun's store survives a restart of the workers, and with it the addresses of
         # the dead ones. So every attempt gets its own names in the store.
@@ -69,7 +65,6 @@ def init_processes(rank, world_size, backend, device_type):
         store = dist.PrefixStore(f"attempt{attempt}", store)
         dist.init_process_group(backend, rank=rank, world_size=world_size, store=store,
                                 timeout=TIMEOUT)
-        signal.signal(signal.SIGINT, handler)
     return backend
 
 
@@ -96,13 +91,9 @@ def sync_buffers(model):
 
 
 def check_same(**values):
-    """Raises UserError on all processes if some have other `values` than the others."""
-    if not dist.is_initialized():
-        return
-    gathered = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, values)
-    for key in values:
-        if any(other[key] != gathered[0][key] for other in gathered):
+    """Raises UserError on a process whose values are not those of rank 0."""
+    for key, value in broadcast(values).items():
+        if values[key] != value:
             raise UserError(f"the processes differ in their {key}: give all of them the same "
                             "settings and data, and an out_dir on shared storage")
 
@@ -176,6 +167,17 @@ def call_after_error(function):
             function()
     sys.excepthook = print_and_call
     atexit.register(function)
+
+
+def start_wandb(project, name, config, run_id):
+    """A run on wandb, or with `run_id` the one to continue."""
+    import wandb
+    try:
+        run = wandb.init(project=project, name=name, config=config, id=run_id, resume="allow")
+    except wandb.Error as error:
+        raise UserError(f"wandb: {error} (WANDB_MODE=offline needs no account)") from None
+    run.define_metric("*", step_metric="iter")
+    return run
 
 
 # ---- device and precision ----

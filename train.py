@@ -154,11 +154,9 @@ def load_sequences(split, offsets):
         raise UserError(f"{tokens.filename} has the token id {ids.max()}, but a vocabulary of "
                         f"{vocabulary['vocab_size']}: {common.prepare_hint(dataset)}")
     ids = torch.from_numpy(ids)
-    on_cuda = device_type == "cuda"
-    if on_cuda:
-        ids = ids.pin_memory()
-    # note: on other devices an asynchronous copy may outlive its source
-    ids = ids.to(device, non_blocking=on_cuda)
+    if device_type == "cuda":  # elsewhere an asynchronous copy may outlive its source
+        ids = ids.pin_memory().to(device, non_blocking=True)
+    ids = ids.to(device)
     return ids[:, :-1], ids[:, 1:]
 
 
@@ -214,14 +212,17 @@ saved_iter = None  # the iteration of the latest ckpt.pt or last.pt
 if checkpoint:
     restore(state, checkpoint)
     saved_iter = state["iter_num"]
-    if not common.is_same_data(dataset, data_fingerprint, checkpoint):
+    data_of_run = checkpoint["data"] or {}  # nanoGPT's checkpoints have none
+    if not data_of_run.items() <= data_fingerprint.items():
+        print(f"note: the data set {dataset!r} is not the one that the checkpoint was trained on; "
+              "the best val loss starts anew")
         state["best_val_loss"] = 1e9  # losses cannot be compared
     checkpoint = None  # frees the memory
 scaler = state["scaler"]
 optimizers = [value for value in state.values() if isinstance(value, torch.optim.Optimizer)]
 
 may_differ = ("out_dir", "dataset", "device", "wandb_run_name")  # paths, a time in a name
-settings = {key: value for key, value in config.items() if key not in may_differ}
+settings = {key: config[key] for key in config.keys() - may_differ}
 runtime.check_same(iter_num=state["iter_num"], settings=settings, data=data_fingerprint)
 
 # dynamic=False: a shorter batch in an evaluation must not change the graph for training
@@ -318,17 +319,23 @@ def save(name, on_any_process=False):
 
 def save_after_error():
     """Writes last.pt when an error has ended the loop, so that no finished update is lost."""
-    if updating or diverged or skipped_in_a_row > 0:
-        return
-    if state["iter_num"] not in (0, saved_iter):
+    is_consistent = not updating and skipped_in_a_row == 0
+    if is_consistent and state["iter_num"] not in (0, saved_iter):
         for buffer, old in zip(model.buffers(), buffers, strict=True):
             buffer.copy_(old)
         save("last.pt", on_any_process=True)  # rank 0 may be stuck
         print(f"saved last.pt before iteration {saved_iter}", file=sys.stderr)
 
 
+def how_to_go_on():
+    """The command that resumes the run from what it has saved."""
+    if saved_iter is None:
+        return "nothing was saved: start again"
+    return (f"to go on from iteration {saved_iter}: python train.py "
+            f"--out_dir={shlex.quote(out_dir)} --init_from=resume")
+
+
 updating = False  # the weights are being changed: they belong to no iteration
-diverged = False
 buffers = []  # copies from before the update under way: a forward pass may change them
 skipped_in_a_row = 0  # updates that were not finite; nothing is saved while they go on
 num_params = model.get_num_params(non_embedding=False) / 1e6
@@ -341,13 +348,7 @@ if 0 < max_iters <= state["iter_num"] and not eval_only:
     print(f"this run is complete: give larger --max_iters and --lr_decay_iters than {max_iters}")
 if not eval_only:
     if master_process and wandb_log:
-        import wandb
-        try:
-            wandb_run = wandb.init(project=wandb_project, name=wandb_run_name, config=config,
-                                   id=state["wandb_id"], resume="allow")
-        except wandb.Error as error:
-            raise UserError(f"wandb: {error} (WANDB_MODE=offline needs no account)") from None
-        wandb_run.define_metric("*", step_metric="iter")
+        wandb_run = runtime.start_wandb(wandb_project, wandb_run_name, config, state["wandb_id"])
         state["wandb_id"] = wandb_run.id
     state["wandb_id"] = runtime.broadcast(state["wandb_id"])
     if master_process:
@@ -362,7 +363,6 @@ if not eval_only:
 
 first_iter = state["iter_num"]
 num_updates = 0  # since the last log line
-eval_seconds = 0.0  # of the latest evaluation
 start_time = time.perf_counter()
 x, y = get_batch("train", TRAIN, first_iter, micro_steps[0])
 t0 = time.perf_counter()  # time of the last log line; evaluations move it on
@@ -382,8 +382,8 @@ while True:
             break
         line = f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}"
         if eval_iters == 0:
-            num_targets = num_eval_sequences * block_size
-            bits = vocab.bits_per_byte(losses["val"], vocabulary, token_files["val"], num_targets)
+            bits = vocab.bits_per_byte(losses["val"], vocabulary["tokenizer"], token_files["val"],
+                                       num_eval_sequences * block_size)
             line += f", {bits:.4f} bits per byte" if bits else ""
         if eval_only:
             print(line)
@@ -401,10 +401,8 @@ while True:
             line += ", saved last.pt"
         print(line)
         log_metrics(iter=iter_num, train_loss=losses["train"], val_loss=losses["val"], lr=lr)
-        eval_seconds = time.perf_counter() - eval_start
-        t0 += eval_seconds
+        t0 += time.perf_counter() - eval_start
     if last_step:
-        diverged = not math.isfinite(losses["val"])
         break
 
     # ---- forward and backward ----
@@ -450,8 +448,8 @@ while True:
             line += f", mfu {mfu:.2%}"
         line += f", {tokens_per_s:,.0f} tokens/s"
         if iter_num > first_iter:  # the first update is a slow one
-            eta = (max_iters - iter_num - 1) * (dt + eval_seconds / eval_interval)
-            line += f", {datetime.timedelta(seconds=int(eta))} left"
+            eta = datetime.timedelta(seconds=int((max_iters - iter_num - 1) * dt))
+            line += f", {eta} left"
         print(line)
         log_metrics(iter=iter_num, loss=loss, lr=lr, grad_norm=grad_norm,
                     tokens_per_s=tokens_per_s, time_ms=dt * 1000, mfu=mfu)
@@ -473,32 +471,25 @@ while True:
     updating = False
     # ---- to here ----
     model.zero_grad()
-    diverged = skipped_in_a_row == 25  # float16's scaler skips up to 17 to find its scale
-    if stopping or diverged:
+    if skipped_in_a_row == 25:  # float16's scaler skips up to 17 to find its scale
+        raise UserError(f"loss or gradient is not finite at iteration {iter_num}; {how_to_go_on()},"
+                        " with a lower learning_rate, another dtype or --compile=False")
+    if stopping:
         break
 
 # ---- the end ----
 
 exit_code = 0
 if not eval_only:
-    if skipped_in_a_row == 0 and saved_iter != state["iter_num"] and not diverged:
+    is_worth_saving = skipped_in_a_row == 0 and (stopping or is_finite)
+    if is_worth_saving and saved_iter != state["iter_num"]:
         save("last.pt")
     best = f"best val loss {state['best_val_loss']:.4f}, " if state["best_val_loss"] < 1e9 else ""
     print(f"{best}time {datetime.timedelta(seconds=int(time.perf_counter() - start_time))}")
-    command = f"python train.py --out_dir={shlex.quote(out_dir)} --init_from=resume"
-    if saved_iter is None:
-        command = "start again, nothing was saved"
-    if diverged:
-        exit_code = 1
-        if master_process:
-            print(f"error: loss or gradient is not finite at iteration {iter_num}; to go on from "
-                  f"iteration {saved_iter or 0}: {command}, with a lower learning_rate, another "
-                  "dtype or --compile=False", file=sys.stderr)
-    elif stopping:
-        number = runtime.stop_signal or signal.SIGTERM
+    if stopping:
+        number = runtime.stop_signal or signal.SIGTERM  # another process may have got it
         exit_code = 128 + number
-        print(f"stopped by {signal.Signals(number).name} before iteration {saved_iter or 0}; "
-              f"to go on: {command}")
+        print(f"stopped by {signal.Signals(number).name}; {how_to_go_on()}")
     else:
         print(f"to sample: python sample.py --out_dir={shlex.quote(out_dir)}")
 if master_process and not eval_only:

@@ -66,9 +66,9 @@ def encode_documents(documents, encode, end_token):
     for document in documents:
         try:
             ids = encode(document)
-        except BaseException as error:  # note: tiktoken's PanicException is no Exception
-            if isinstance(error, (UserError, KeyboardInterrupt, SystemExit, MemoryError)):
-                raise
+        except (UserError, KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except BaseException:  # note: tiktoken's PanicException is no Exception
             skipped.append(document)
         else:
             parts.append(np.array(ids if end_token is None else ids + [end_token], "<u2"))
@@ -130,10 +130,8 @@ def dataset_folder(dataset):
 
 def prepare_hint(dataset):
     """What to do when the data set is missing or damaged: the command that makes it, if known."""
-    script = str(DATA / dataset / "prepare.py")
-    if os.path.exists(script):
-        with contextlib.suppress(ValueError):  # on another drive of Windows
-            script = os.path.relpath(script)
+    script = DATA / dataset / "prepare.py"
+    if script.exists():
         return f"run python {script}"
     paths = [*DATA.glob("*/prepare.py"), *DATA.glob("*/train.bin"), *Path().glob("*/train.bin")]
     known = sorted({path.parent.name for path in paths})
@@ -146,11 +144,9 @@ def open_tokens(dataset, split, block_size):
     if not os.path.isfile(path):
         raise UserError(f"{path!r} is missing; {prepare_hint(dataset)}")
     size = os.path.getsize(path)  # bytes, two a token
-    if size == 0 or size % 2 == 1:
-        raise UserError(f"{path!r} is damaged: it has {size} bytes; {prepare_hint(dataset)}")
-    if size // 2 < block_size + 1:
-        raise UserError(f"{path!r} has {size // 2} tokens, too few for block_size={block_size}; "
-                        f"lower block_size, or {prepare_hint(dataset)}")
+    if size % 2 == 1 or size // 2 < block_size + 1:
+        raise UserError(f"{path!r} is damaged, or too short for block_size={block_size}: it has "
+                        f"{size / 2} tokens; lower block_size, or {prepare_hint(dataset)}")
     file = open(path, "rb")
     if int.from_bytes(file.read(4), "little") == 20240520:
         raise UserError(f"{path!r} begins with llm.c's header; remove these 1,024 bytes: "
@@ -174,13 +170,3 @@ def fingerprint(dataset):
         if path.exists():
             result["meta_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
     return result | {"sample_sha256": sample.hexdigest()}
-
-
-def is_same_data(dataset, data_fingerprint, checkpoint):
-    """Whether a checkpoint was trained on this data set; says so if not."""
-    old = checkpoint["data"] or {}  # nanoGPT's checkpoints have none
-    is_same = old.items() <= data_fingerprint.items()
-    if not is_same:
-        print(f"note: the data set {dataset!r} is not the one that the checkpoint was trained on; "
-              "the best val loss starts anew")
-    return is_same

@@ -56,15 +56,11 @@ def train_bpe(text, vocab_size):
     """The vocabulary of a byte-level BPE that is trained on a text."""
     # note: threads don't change it, though that is not documented: the counts are integers, and of
     # equally frequent pairs the one of lower ids is merged first.
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=sys.stderr.isatty(),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator(pieces(text), trainer)
-    return dict(vocab_size=tokenizer.get_vocab_size(), tokenizer=tokenizer.to_str())
+    from tokenizers import ByteLevelBPETokenizer
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(pieces(text), vocab_size, min_frequency=0,
+                            special_tokens=[END_OF_TEXT], show_progress=sys.stderr.isatty())
+    return dict(vocab_size=bpe.get_vocab_size(), tokenizer=bpe.to_str())
 
 
 # ---- stored vocabularies ----
@@ -124,8 +120,8 @@ def read_tokenizer(path):
 def run_tokenizer(checkpoint):
     """The tokenizer in a checkpoint; None for nanoGPT's, which have none."""
     if "itos" in checkpoint and not checkpoint["tokenizer"]:  # before version 0.11
-        itos = checkpoint["itos"]
-        return characters(itos)["tokenizer"] if itos else "gpt2" if itos is None else None
+        itos = checkpoint["itos"]  # {}: not known
+        return characters(itos)["tokenizer"] if itos else None if itos == {} else "gpt2"
     return checkpoint.get("tokenizer")
 
 
@@ -195,57 +191,46 @@ def pieces(text, size=2**16):
 def make_tokenizer(tokenizer, vocab_size):
     """
     encode (text -> ids), decode (ids -> text, with U+FFFD for an incomplete character), the number
-    of ids, and end-of-text's id or None. `vocab_size` is the model's.
+    of ids, and end-of-text's id or None. UserError if a model of `vocab_size` has other tokens.
     """
-    if tokenizer is None or (tokenizer == "gpt2" and vocab_size < GPT2["vocab_size"]):
-        raise UserError(f"there is no tokenizer for a vocabulary of {vocab_size}: GPT-2's has "
-                        "50257 tokens, and the data set's meta.pkl has no characters")
+    if tokenizer is None:
+        raise UserError("the tokenizer is not known: the meta.pkl of the data set has none")
     if tokenizer == "gpt2":
         bpe = gpt2_bpe()
-        encode = functools.partial(bpe.encode, allowed_special="all")
-        return encode, bpe.decode, bpe.n_vocab, bpe.eot_token
-    from tokenizers import Tokenizer
-    model = Tokenizer.from_str(tokenizer)
-    num_ids = max(model.get_vocab().values()) + 1
+        encode, decode = functools.partial(bpe.encode, allowed_special="all"), bpe.decode
+        num_ids, end_token = bpe.n_vocab, bpe.eot_token
+    else:
+        from tokenizers import Tokenizer
+        model = Tokenizer.from_str(tokenizer)
+
+        def encode(text):
+            try:
+                return [i for piece in pieces(text) for i in model.encode(piece).ids]
+            except Exception:
+                missing = next(c for c in text if model.token_to_id(c) is None)
+                raise UserError(f"no token for the character {missing!r}; leave it out") from None
+
+        decode = functools.partial(model.decode, skip_special_tokens=False)
+        num_ids, end_token = max(model.get_vocab().values()) + 1, model.token_to_id(END_OF_TEXT)
     if num_ids > vocab_size:
-        raise UserError(f"the data set has {num_ids} tokens and the model {vocab_size}: the model "
-                        "was trained on other data")
-
-    def encode(text):
-        try:
-            return [i for piece in pieces(text) for i in model.encode(piece).ids]
-        except Exception:
-            missing = next(c for c in text if model.token_to_id(c) is None)
-            raise UserError(f"no token for the character {missing!r}; leave it out") from None
-
-    decode = functools.partial(model.decode, skip_special_tokens=False)
-    return encode, decode, num_ids, model.token_to_id(END_OF_TEXT)
+        raise UserError(f"the tokenizer has {num_ids} tokens, and the model a vocabulary of "
+                        f"{vocab_size}: it was trained on other data")
+    return encode, decode, num_ids, end_token
 
 
-def bits_per_byte(loss, vocabulary, file, num_tokens):
+def bits_per_byte(loss, tokenizer, file, num_tokens):
     """
     A loss in nats per token as bits per UTF-8 byte, over the tokens 1 to `num_tokens` of a .bin
-    file: the targets of a model that reads them all. End-of-text has no bytes. None if the bytes of
-    the tokens are not known.
+    file: the targets of a model that reads them all. End-of-text has no bytes. None if the
+    tokenizer is not known, or cannot be downloaded.
     """
-    tokenizer = vocabulary["tokenizer"]
-    lengths = np.zeros(vocabulary["vocab_size"], int)
-    if tokenizer == "gpt2":
-        try:
-            bpe = gpt2_bpe()
-        except (UserError, OSError):  # offline
-            return None
-        lengths[:-1] = [len(bpe.decode_single_token_bytes(i)) for i in range(bpe.eot_token)]
-    elif stoi_of(tokenizer):
-        for character, i in stoi_of(tokenizer).items():
-            lengths[i] = len(character.encode())
-    elif tokenizer and '"ByteLevel"' in tokenizer:  # a character of a token stands for a byte
-        for token, i in json.loads(tokenizer)["model"]["vocab"].items():
-            lengths[i] = 0 if token == END_OF_TEXT else len(token)
-    else:
+    try:
+        _, decode, _, end_token = make_tokenizer(tokenizer, 2**16)
+    except (UserError, OSError):
         return None
-    targets = np.memmap(file, dtype="<u2", mode="r")[1 : num_tokens + 1]
-    return loss / math.log(2) * num_tokens / lengths[targets].sum()
+    targets = np.memmap(file, dtype="<u2", mode="r")[1 : num_tokens + 1].tolist()
+    text = decode([token for token in targets if token != end_token])
+    return loss / math.log(2) * num_tokens / len(text.encode())
 
 
 def export_files(tokenizer, block_size):

@@ -487,7 +487,7 @@ def test_vocabularies_come_from_meta_or_are_gpt2s(tmp_path):
     (None, "missing"),
     (b"", "damaged"),
     (b"abc", "damaged"),
-    (b"ab" * 8, "8 tokens.*block_size=8"),
+    (b"ab" * 8, "block_size=8: it has 8.0 tokens"),
     (np.array([20240520, 1, 9] + 253 * [0], "<i4").tobytes() + b"ab" * 9, "llm.c.*tail -c .1025"),
 ])
 def test_tokens_that_are_missing_damaged_or_too_few(tmp_path, content, named):
@@ -518,17 +518,12 @@ def test_a_data_set_is_found_in_data_and_then_in_the_working_directory(tmp_path,
 
 
 def test_the_hint_is_the_command_or_lists_the_data_sets(tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    assert common.prepare_hint("shakespeare") == "run python data/shakespeare/prepare.py"
+    script = ROOT / "data/shakespeare/prepare.py"
+    assert common.prepare_hint("shakespeare") == f"run python {script}"
     monkeypatch.chdir(tmp_path)
     write_characters("mine", "ab" * 10)
     hint = common.prepare_hint("shakespear")
     assert "mine, openwebtext, shakespeare, shakespeare_char, text" in hint
-
-    def fails(path):
-        raise ValueError("path is on mount 'D:', start on mount 'C:'")
-    monkeypatch.setattr(os.path, "relpath", fails)
-    assert common.prepare_hint("text") == f"run python {ROOT / 'data/text/prepare.py'}"
 
 
 def test_fingerprints_tell_data_sets_apart(bpe, tmp_path):
@@ -568,7 +563,7 @@ def test_characters_round_trip():
     assert (n_vocab, end_token) == (9, None)
     with pytest.raises(ValueError, match="'x'"):
         encode("x")
-    with pytest.raises(ValueError, match="9 tokens and the model 8"):
+    with pytest.raises(ValueError, match="9 tokens, and the model a vocabulary of 8"):
         vocab.make_tokenizer(tokenizer, 8)
 
 
@@ -579,9 +574,9 @@ def test_gpt2_tokens_round_trip_and_need_gpt2s_vocabulary():
     assert encode("<|endoftext|>") == [50256]
     assert decode(encode("日本 it's")) == "日本 it's"
     assert decode(encode("日本")[:1]) == "\ufffd"  # half of a character
-    for tokenizer, vocab_size in (("gpt2", 32000), (None, 32000), (None, 50304)):
-        with pytest.raises(ValueError, match=f"no tokenizer for a vocabulary of {vocab_size}"):
-            vocab.make_tokenizer(tokenizer, vocab_size)
+    for tokenizer, named in (("gpt2", "a vocabulary of 32000"), (None, "not known")):
+        with pytest.raises(ValueError, match=named):
+            vocab.make_tokenizer(tokenizer, 32000)
 
 
 def test_a_tokenizer_that_panics_is_survived_but_ctrl_c_is_not():
@@ -713,7 +708,7 @@ def test_a_foreign_tokenizer_adds_cuts_off_and_pads_nothing(tmp_path):
     assert num_ids == vocabulary["vocab_size"] <= 60 and end_token is None
     assert len(ids) == 4
     assert decode(ids) == "once upon a time"
-    with pytest.raises(ValueError, match="the model 20"):
+    with pytest.raises(ValueError, match="a vocabulary of 20"):
         vocab.make_tokenizer(vocabulary["tokenizer"], 20)
 
 

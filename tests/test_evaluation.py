@@ -1,7 +1,6 @@
 """Evaluations: when they happen, that they disturb nothing, and what becomes of a loss of NaN."""
 
 import math
-import re
 import shutil
 
 import pytest
@@ -58,15 +57,13 @@ def test_eval_only_evaluates_once_and_writes_nothing(train, run, tmp_path, init_
     assert (tmp_path / "a").exists() == (init_from == "resume")
 
 
-def test_losses_of_nan_save_nothing_and_the_last_one_is_an_error(train, run, tmp_path, monkeypatch):
+def test_losses_of_nan_save_nothing(train, run, tmp_path, monkeypatch):
     """Evaluations come before updates 0, 3, 6 and at the end; each has 2 x 3 batches."""
     def broken(loss, training, number):
         return loss * math.nan if not training and number // 6 in (1, 3) else loss
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+    with monkeypatch.context() as patch:
         on_forward(patch, broken)
         train("a")
-    assert stopped.value.code == 1
     assert "step 3: train loss nan, val loss nan\n" in run.out
-    assert re.search(r"^error: .* not finite .*from iteration 6: .*--init_from=resume", run.err)
     train("b", "--max_iters=6")
     assert_same_state(newest(tmp_path / "a"), newest(tmp_path / "b"))

@@ -177,7 +177,7 @@ def test_characters_of_nanogpts_checkpoint_come_from_its_data(sample, out_dir):
     assert sample("--start=the").count("the") >= 2
     saved["config"]["dataset"] = "nowhere"
     torch.save(saved, out_dir / "ckpt.pt")
-    with pytest.raises(ValueError, match="no tokenizer for a vocabulary of 28"):
+    with pytest.raises(ValueError, match="50257 tokens, and the model a vocabulary of 28"):
         sample("--start=the")
 
 

@@ -55,7 +55,7 @@ def test_a_signal_finishes_the_update_and_saves(train, run, tmp_path, monkeypatc
                 train(name)
         assert stopped.value.code == 128 + number
         assert run.err == NOTICE
-        assert f"stopped by {name} before iteration 6; to go on: python train.py " in run.out
+        assert f"stopped by {name}; to go on from iteration 6: python train.py " in run.out
         assert "step 6" not in run.out
         assert newest(tmp_path / name)["iter_num"] == 6
         train(name, "--init_from=resume")
