@@ -11,7 +11,6 @@ from configurator import UserError, check_ranges, configure, printable, set_envi
 
 set_environment()  # before torch is imported
 
-import itertools
 import os
 import signal
 import sys
@@ -21,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from data.common import dataset_folder
-from data.vocab import GPT2, export_files, make_tokenizer, read_vocabulary, run_tokenizer
+from data.vocab import GPT2, UNKNOWN, export_files, make_tokenizer, read_vocabulary, run_tokenizer
 from model import load_model
 from runtime import make_autocast, setup_device
 
@@ -43,11 +42,9 @@ dtype = 'auto'  # 'bfloat16' where it is native, 'float16', 'float32'
 compile = False  # pays off for very long texts only
 
 config = configure(globals())
-
 check_ranges(config, "num_samples max_new_tokens", 1)
 check_ranges(config, "temperature top_k", 0)
 check_ranges(config, "top_p", 1e-9, 1)
-check_ranges(config, "seed", 0, 2**63)
 
 # ---- model and tokenizer ----
 
@@ -57,23 +54,19 @@ if device == "mps" and torch.__version__ < (2, 12):  # pytorch issues 169222 and
                     "or later, or use --device=cpu")
 torch.backends.cuda.enable_cudnn_sdp(False)  # on Hopper it compiles attention for each length
 model, checkpoint = load_model(init_from, out_dir)
+vocab_size = model.config.vocab_size
 if checkpoint and checkpoint["data"]:
     tokenizer = run_tokenizer(checkpoint)
 else:  # nanoGPT's checkpoints leave the characters in the data folder
     folder = dataset_folder(checkpoint["config"].get("dataset", "")) if checkpoint else init_from
-    tokenizer = read_vocabulary(folder, GPT2)["tokenizer"]
-vocab_size = model.config.vocab_size
+    default = GPT2 if vocab_size >= GPT2["vocab_size"] else UNKNOWN
+    tokenizer = read_vocabulary(folder, default)["tokenizer"]
 
 if export:
     model.save_pretrained(export)
-    if tokenizer == "gpt2" and vocab_size < GPT2["vocab_size"]:
-        tokenizer = None
-    files = export_files(tokenizer, model.config.block_size)
-    for name in ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"):
-        path = Path(export, name)
-        path.unlink(missing_ok=True)  # of another export
-        if name in files:
-            path.write_bytes(files[name])
+    Path(export, "tokenizer.json").unlink(missing_ok=True)  # of another export
+    for name, content in export_files(tokenizer, model.config.block_size).items():
+        Path(export, name).write_bytes(content)
     print(f"wrote {', '.join(sorted(os.listdir(export)))} to {export}")
     sys.exit()
 encode, decode, num_ids, end_token = make_tokenizer(tokenizer, vocab_size)
@@ -81,21 +74,16 @@ model.to(device)
 if compile:
     model.forward = torch.compile(model.forward, dynamic=True)
 
-# ---- prompt ----
+# ---- the prompt, and what follows it ----
 
 if start.startswith("FILE:"):
-    path = os.path.expanduser(start.removeprefix("FILE:"))
-    try:
-        with open(0 if path == "-" else path, encoding="utf-8-sig") as file:
-            start = file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the prompt {path!r}: {error}") from None
+    path = start.removeprefix("FILE:")
+    with open(0 if path == "-" else os.path.expanduser(path), encoding="utf-8-sig") as file:
+        start = file.read()
 ids = encode(start)
 if not ids and end_token is not None:
     ids = [end_token]
 prompt = torch.tensor([ids], device=device).expand(num_samples, -1)  # (B, T)
-
-# ---- samples ----
 
 if hasattr(signal, "SIGPIPE"):  # Windows has none
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends this quietly
@@ -125,6 +113,7 @@ with make_autocast(device, dtype):
     else:
         bar = tqdm(stream, "sampling", max_new_tokens, leave=False, delay=2, disable=None)
         for sample in torch.cat(list(bar), dim=1).tolist():
-            new_ids = list(itertools.takewhile(lambda token: token != end_token, sample))
-            print(start + continuation(ids, new_ids))
+            if end_token in sample:
+                sample = sample[:sample.index(end_token)]
+            print(start + continuation(ids, sample))
             print("-" * 15)

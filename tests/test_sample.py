@@ -149,7 +149,7 @@ def test_long_and_empty_prompts(sample, sample_gpt2):
     ("--dtype=int8", "dtype='int8'"),
 ])
 def test_mistake_is_named(sample, argument, named):
-    with pytest.raises(ValueError, match=re.escape(named)):
+    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(named)):
         sample("--start=a", argument)
 
 
@@ -177,7 +177,7 @@ def test_characters_of_nanogpts_checkpoint_come_from_its_data(sample, out_dir):
     assert sample("--start=the").count("the") >= 2
     saved["config"]["dataset"] = "nowhere"
     torch.save(saved, out_dir / "ckpt.pt")
-    with pytest.raises(ValueError, match="50257 tokens, and the model a vocabulary of 28"):
+    with pytest.raises(ValueError, match="tokenizer is not known"):
         sample("--start=the")
 
 
