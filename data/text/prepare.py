@@ -7,7 +7,7 @@ Your own text as a data set: UTF-8 files, and folders of them.
     python train.py config/train_shakespeare_char_cpu.py --dataset=text --out_dir=out-text
 
 Files are read in the order given, and those of a folder in sorted order. Hidden files in folders,
-and those that are not UTF-8 text, are skipped. Unless tokens are characters, each file ends with
+and files that are not UTF-8 text, are skipped. Unless tokens are characters, each file ends with
 <|endoftext|>, which may also separate the texts in a file.
 """
 
@@ -29,17 +29,13 @@ val_frac = 0.1  # fraction of the characters, at the end, held out for validatio
 out_dir = str(HERE)  # where train.bin and val.bin go
 
 paths = []  # from the command line
-config = configure(globals(), paths=paths)
-check_ranges(config, "val_frac", 1e-6, 1 - 1e-6)
-check_ranges(config, "vocab_size", 257, 65536)
+check_ranges(configure(globals(), paths=paths), "vocab_size", 257, 65536)
 
 
 def find_files(path):
     """The files that a path stands for: in a folder all but hidden ones and data sets."""
-    if path.is_file():
-        return [path]
     if not path.is_dir():
-        raise UserError(f"{str(path)!r} is neither a file nor a folder; check the path")
+        return [path]
     files = []
     for inner in sorted(path.rglob("*")):
         hidden = any(part.startswith(".") for part in inner.relative_to(path).parts)
@@ -50,31 +46,24 @@ def find_files(path):
 
 if not paths:
     raise UserError("no text given; name files or folders: python data/text/prepare.py my.txt")
-given = [Path(path) for path in paths]
-texts = []
-num_skipped = 0
-for path in tqdm(sum(map(find_files, given), []), disable=None):
+texts, skipped = [], []
+for path in tqdm(sum(map(find_files, map(Path, paths)), []), disable=None):
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        texts.append(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError:
-        text = "\0"
-    if "\0" not in text:
-        texts.append(text)
-    elif path in given:
-        raise UserError(f"{str(path)!r} is not UTF-8 text; convert it or leave it out")
-    else:
-        num_skipped += 1
-if num_skipped > 0:
-    print(f"skipped {num_skipped} files that are not UTF-8 text")
+        skipped.append(str(path))
+if skipped:
+    print(f"skipped {len(skipped)} files that are not UTF-8 text, such as {skipped[0]!r}")
 
-by_character = tokens == "characters"
-if tokens not in ("characters", "bpe"):
-    vocabulary = read_vocabulary(tokens)
-    by_character = stoi_of(vocabulary["tokenizer"]) is not None
-text = "\n".join(texts) if by_character else END_OF_TEXT.join([*texts, ""])
-train, val = common.split_text(text, val_frac)
 if tokens == "characters":
-    vocabulary = characters_of(text)
+    vocabulary = characters_of("\n".join(texts))
+elif tokens != "bpe":
+    vocabulary = read_vocabulary(tokens)
+if tokens != "bpe" and stoi_of(vocabulary["tokenizer"]):
+    text = "\n".join(texts)
+else:
+    text = END_OF_TEXT.join([*texts, ""])
+train, val = common.split_text(text, val_frac)
 if tokens == "bpe":
     vocabulary = train_bpe(train.replace(END_OF_TEXT, ""), vocab_size)
 common.write_text(out_dir, train, val, vocabulary)
