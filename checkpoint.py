@@ -177,8 +177,8 @@ def trim_log(path, columns, iter_num):
         with open(path, errors="replace") as file:
             for line in file:
                 iteration = line.split(",")[0]
-                is_whole_row = line.endswith("\n") and iteration.isdecimal()
-                if is_whole_row and int(iteration) < iter_num:
+                is_row = iteration.isdecimal() and line.endswith("\n")
+                if is_row and int(iteration) < iter_num:
                     lines.append(line)
     with atomic_write(path) as file:
         file.write("".join(lines).encode())
@@ -254,23 +254,21 @@ def write_huggingface(model_args, weights, folder):
     found = {name.removesuffix(".weight"): tuple(tensor.shape) for name, tensor in weights.items()
              if not name.endswith(".bias")}
     different = dict(found.items() ^ shapes.items()).keys()
-    if different:
-        raise UserError(f"only a GPT-2 can be exported; what differs is {', '.join(different)}")
-    if not torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"]):
-        raise UserError("only a GPT-2 can be exported; lm_head is not tied to transformer.wte")
+    if different or not torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"]):
+        raise UserError("only a GPT-2 can be exported; what differs is "
+                        + ", ".join(different or ["lm_head, which is not tied to transformer.wte"]))
 
     vocab_size = min(V, GPT2_VOCAB_SIZE)
     tensors = {}
     for layer, shape in shapes.items():
-        tensor = weights[layer + ".weight"].to("cpu", torch.float32)
+        weight = weights[layer + ".weight"].float().cpu()
         if layer == "transformer.wte":
-            tensor = tensor[:vocab_size]
+            weight = weight[:vocab_size]
         elif layer not in ("transformer.wpe", "lm_head"):
             bias = weights.get(layer + ".bias", torch.zeros(shape[0]))
-            tensors[layer + ".bias"] = bias.to("cpu", torch.float32)
-        if layer.endswith(TRANSPOSED):
-            tensor = tensor.t()
-        tensors[layer + ".weight"] = tensor.contiguous()
+            tensors[layer + ".bias"] = bias.float().cpu()
+        is_transposed = layer.endswith(TRANSPOSED)
+        tensors[layer + ".weight"] = (weight.t() if is_transposed else weight).contiguous()
     del tensors["lm_head.weight"]  # tied
     end_token = vocab_size - 1 if vocab_size == GPT2_VOCAB_SIZE else None
     special = dict(bos_token_id=end_token, eos_token_id=end_token)
@@ -280,9 +278,8 @@ def write_huggingface(model_args, weights, folder):
         n_positions=T, n_ctx=T, n_embd=C, n_layer=model_args["n_layer"],
         n_head=model_args["n_head"], attn_pdrop=dropout, embd_pdrop=dropout, resid_pdrop=dropout,
         **special)
-    generation_config = dict(special)
-    if T <= 512:  # transformers' pipeline adds 256 tokens by default
-        generation_config["max_length"] = T
+    # transformers' pipeline adds 256 tokens by default
+    generation_config = special | (dict(max_length=T) if T <= 512 else {})
     try:
         os.makedirs(folder, exist_ok=True)
         path = os.path.join(folder, "model.safetensors")

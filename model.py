@@ -78,9 +78,8 @@ class KVCache:
 
 def causal_attention(q, k, v, dropout):
     """
-    Causal attention of q, k, v (B, nh, T, hs) as two batched matrix products. On CPUs in bfloat16
-    this is faster than scaled_dot_product_attention, which does not use the CPU's matrix units,
-    above all in the backward pass. Memory: B * nh matrices of T x T.
+    Attention of q, k, v (B, nh, T, hs) as two batched matrix products. On CPUs in bfloat16 this is
+    faster than scaled_dot_product_attention, but needs memory for B * nh matrices of T x T.
     """
     T, hs = q.shape[-2:]
     q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (B * nh, T, hs)
@@ -284,14 +283,13 @@ class GPT(nn.Module):
         A model of this shape with a float32 copy of `weights`. Fields of GPTConfig that
         `model_args` lacks take their defaults, with a note. UserError for what does not fit.
         """
-        fields = {field.name for field in dataclasses.fields(GPTConfig)}
+        fields = vars(GPTConfig())
         for name in model_args.keys() - fields:
             raise UserError(f"the model has {name}={model_args[name]!r}, and GPTConfig has no such "
                             "field: use the model.py that it was trained with")
+        for name in fields.keys() - model_args.keys():
+            print(f"note: the model was made without {name}: it takes the default {fields[name]!r}")
         model = cls(GPTConfig(**model_args))
-        for name in fields - model_args.keys():
-            value = getattr(model.config, name)
-            print(f"note: the model was made without {name}: it takes the default {value!r}")
         try:
             model.load_state_dict(weights)
         except Exception as error:  # weights made by hand can raise anything
@@ -337,12 +335,13 @@ def sample_token(logits, temperature, top_k, top_p):
 
 def load_model(init_from, out_dir, **override_args):
     """
-    (model in evaluation mode, checkpoint) of a run: the one in `out_dir` if `init_from` is
-    'resume', or in the folder `init_from`. (pretrained model, None) for what is no run.
+    (model in evaluation mode, checkpoint) of the run in `out_dir` if `init_from` is 'resume', or
+    in the folder `init_from`. (pretrained model, None) for what is no run.
     """
-    is_resumed = init_from == "resume"
-    folder = out_dir if is_resumed else init_from
-    checkpoint = read_checkpoint(folder, best=True, required=is_resumed)
+    if init_from == "resume":
+        checkpoint = read_checkpoint(out_dir, best=True, required=True)
+    else:
+        checkpoint = read_checkpoint(init_from, best=True)
     if checkpoint:
         model_args = checkpoint["model_args"] | override_args
         return GPT.from_state(model_args, checkpoint["model"]).eval(), checkpoint

@@ -97,11 +97,9 @@ if checkpoint:
     globals().update(config)
 
 check_ranges(config, "eval_interval log_interval gradient_accumulation_steps batch_size", 1)
-check_ranges(config, "eval_iters learning_rate muon_lr_scale weight_decay grad_clip warmup_iters "
-             "lr_decay_iters min_lr decay_frac", 0)
+check_ranges(config, "eval_iters max_iters learning_rate muon_lr_scale weight_decay grad_clip "
+             "warmup_iters lr_decay_iters min_lr decay_frac seed", 0)
 check_ranges(config, "beta1 beta2", 0, 0.999999)
-check_ranges(config, "max_iters", 0, 2**31)
-check_ranges(config, "seed", 0, 2**63)
 check_choice("optimizer_type", optimizer_type, ("adamw", "muon"))
 check_choice("lr_schedule", lr_schedule, ("cosine", "wsd"))
 if gradient_accumulation_steps % world_size != 0:
@@ -236,10 +234,7 @@ if world_size > 1 and not eval_only:
 
 @torch.no_grad()
 def estimate_loss():
-    """
-    {'train': loss, 'val': loss}, each the mean over the same batches every time. None if a signal
-    has asked to stop.
-    """
+    """{'train': loss, 'val': loss}, means over the same batches each time; None after a signal."""
     num_batches = math.ceil(num_eval_sequences / batch_size)
     results = torch.zeros(2 * num_batches + 1, device=device)  # train, val, stop flag
     compiled_model.eval()
@@ -363,9 +358,8 @@ if not eval_only:
 
 first_iter = state["iter_num"]
 num_updates = 0  # since the last log line
-start_time = time.perf_counter()
+start_time = t0 = time.perf_counter()  # t0: of the last log line; evaluations move it on
 x, y = get_batch("train", TRAIN, first_iter, micro_steps[0])
-t0 = time.perf_counter()  # time of the last log line; evaluations move it on
 while True:
     iter_num = state["iter_num"]
     buffers = [buffer.clone() for buffer in model.buffers()]

@@ -130,7 +130,7 @@ def test_a_model_that_is_no_gpt2_any_more_is_not_exported(tmp_path):
     untied, longer = small_model(), small_model()
     untied.lm_head.weight = torch.nn.Parameter(untied.lm_head.weight + 1)
     longer.transformer.extra = torch.nn.Linear(2, 2)
-    for model, named in ((untied, "lm_head is not tied"), (longer, "transformer.extra")):
+    for model, named in ((untied, "lm_head, which is not tied"), (longer, "transformer.extra")):
         with pytest.raises(ValueError, match=f"only a GPT-2 can be exported; .*{named}"):
             model.save_pretrained(str(tmp_path / "model"))
     (tmp_path / "file").write_text("")
