@@ -288,6 +288,7 @@ def test_text_by_characters_skips_what_is_not_text(run, tmp_path):
     (notes / "1.md").write_text("one\n")
     (notes / "2.md").write_text("two")
     (notes / "photo.jpg").write_bytes(b"\xff\xd8\xff")
+    (notes / "program").write_bytes(b"ELF\0\1")
     (notes / "train.bin").write_text("Q")
     (notes / ".git/x").write_text("Q")
     os.mkfifo(notes / "pipe")
@@ -297,7 +298,7 @@ def test_text_by_characters_skips_what_is_not_text(run, tmp_path):
     decode = vocab.make_tokenizer(vocab.read_vocabulary(out_dir)["tokenizer"], 99)[1]
     train_ids, val_ids = read_ids(out_dir)
     assert decode(train_ids + val_ids) == "zwei ü\none\n\ntwo"
-    assert f"skipped 1 files that are not UTF-8 text, such as '{notes}/photo.jpg'" in run.out
+    assert f"skipped 2 files that are not UTF-8 text, such as '{notes}/photo.jpg'" in run.out
     assert "10 characters; train.bin 7" in run.out and len(val_ids) == 8
 
 
@@ -342,13 +343,15 @@ def test_every_kind_of_tokens_holds_out_the_same_text(tmp_path, text):
 @pytest.mark.parametrize("arguments, named", [
     ([], "no text given"),
     (["{}/nowhere.txt"], "No such file .*nowhere.txt"),
-    (["{}/x.dat"], "too little text: train.bin would be"),
+    (["{}/x.dat"], "x.dat.*UTF-8"),
+    (["{}/nul.txt"], "nul.txt.*UTF-8"),
     (["{}/some.txt", "--tokens=words"], "words"),
     (["{}/some.txt", "--val_frac=0.0"], "too little text: val.bin would be"),
     (["{}/spaces.txt", "--tokens=gpt2", "--val_frac=0.5"], "too little text.*1 documents"),
 ])
 def test_text_names_what_is_wrong(run, tmp_path, arguments, named):
     (tmp_path / "x.dat").write_bytes(b"text, then \xff\xfe\x00")
+    (tmp_path / "nul.txt").write_bytes(b"text, then \x00")
     (tmp_path / "some.txt").write_text("some text")
     (tmp_path / "spaces.txt").write_text(2 * SPACES)
     arguments = [argument.format(tmp_path) for argument in arguments]

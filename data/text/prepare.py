@@ -6,9 +6,9 @@ Your own text as a data set: UTF-8 files, and folders of them.
     python data/text/prepare.py my.txt notes/ --tokens=gpt2    # of GPT-2's BPE
     python train.py config/train_shakespeare_char_cpu.py --dataset=text --out_dir=out-text
 
-Files are read in the order given, and those of a folder in sorted order. Hidden files in folders,
-and files that are not UTF-8 text, are skipped. Unless tokens are characters, each file ends with
-<|endoftext|>, which may also separate the texts in a file.
+Files are read in the order given, and those of a folder in sorted order, without hidden ones and
+those that are not UTF-8 text. Unless tokens are characters, each file ends with <|endoftext|>,
+which may also separate the texts in a file.
 """
 
 import sys
@@ -46,14 +46,21 @@ def find_files(path):
 
 if not paths:
     raise UserError("no text given; name files or folders: python data/text/prepare.py my.txt")
+named = [Path(path) for path in paths]
 texts, skipped = [], []
-for path in tqdm(sum(map(find_files, map(Path, paths)), []), disable=None):
+for path in tqdm(sum(map(find_files, named), []), disable=None):
     try:
-        texts.append(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        skipped.append(str(path))
+        text = "\0"
+    if "\0" not in text:
+        texts.append(text)
+    elif path in named:
+        raise UserError(f"{str(path)!r} is not UTF-8 text; convert it or leave it out")
+    else:
+        skipped.append(path)
 if skipped:
-    print(f"skipped {len(skipped)} files that are not UTF-8 text, such as {skipped[0]!r}")
+    print(f"skipped {len(skipped)} files that are not UTF-8 text, such as {str(skipped[0])!r}")
 
 if tokens == "characters":
     vocabulary = characters_of("\n".join(texts))
