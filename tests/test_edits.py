@@ -6,12 +6,11 @@ import runpy
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY, fork, load, newest, read_log, wait
+from conftest import ROOT, TINY, assert_same, fork, load, newest, read_log, wait
 
 import model
 
@@ -80,7 +79,6 @@ class Copy:
         self.resume("b", processes=processes)
         assert_same_files(self.folder / "a", self.folder / "b")
         self.call(check_sampling)
-        self.run("sample.py", "--out_dir=b", "--max_new_tokens=20", "--num_samples=1")
 
 
 def run_script(script, arguments, stop_in=None):
@@ -112,19 +110,7 @@ def check_sampling():
     caches = [KVCache() for _ in gpt.transformer.h]
     logits = [gpt(tokens[:, [t]], caches=caches)[0] for t in range(8)]
     torch.testing.assert_close(torch.cat(logits, dim=1), gpt(tokens[:, :8])[0])
-
-
-def assert_same(a, b, path=""):
-    """Two parts of checkpoints are equal, bit for bit."""
-    assert type(a) is type(b), path
-    if isinstance(a, list):
-        a, b = dict(enumerate(a)), dict(enumerate(b))
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), path
-        for key in a.keys() - {"out_dir", "init_from", "lr"}:  # lr: set anew by every update
-            assert_same(a[key], b[key], f"{path} {key}")
-    else:
-        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, path
+    run_script("sample.py", ["--out_dir=b", "--max_new_tokens=20", "--num_samples=1"])
 
 
 def assert_same_files(a, b):
@@ -152,6 +138,7 @@ def unedited(tmp_path_factory, dataset):
 
 TIED = "        self.lm_head.weight = self.transformer.wte.weight\n"
 IN_LOOP = "    lr = get_lr(iter_num)\n"
+UPDATE = "    # ---- the update: an error in here"
 EDITS = {
     "buffers": ("model.py", TIED, TIED + """
         angles = torch.polar(torch.ones(4), torch.arange(4.0))
@@ -163,17 +150,11 @@ EDITS = {
 """),
     "untied head": ("model.py", TIED, ""),
     "unused parameters": ("model.py", TIED, TIED + "        self.unused = nn.Linear(3, 3)\n"),
-    "skipped blocks": ("model.py", "        x = x + self.attn(", """\
-        if self.training and torch.rand(()) < 0.3:
-            return x
-        x = x + self.attn("""),
-    "settings": ("train.py", "seed = 1337\n", "seed = 1337\noffset = -1\nbig = 10_000_000_000\n"),
 }
-OPTIMIZERS = ["ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "Adamax", "NAdam", "RAdam",
-              "Rprop", "SGD, momentum=0.9", "RMSprop, momentum=0.9", "AdamW, amsgrad=True"]
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", [  # their states differ in kind
+    "ASGD", "Adafactor", "NAdam", "Rprop", "SGD, momentum=0.9", "AdamW, amsgrad=True"])
 def test_any_optimizer_of_torch(copy, unedited, optimizer):
     name, _, options = optimizer.partition(",")
     copy.edit(("model.py", "torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)",
@@ -187,15 +168,16 @@ def test_any_optimizer_of_torch(copy, unedited, optimizer):
 def test_an_edit_in_one_process_and_in_two(copy, edit, processes):
     copy.edit(EDITS[edit])
     copy.check_exact(processes=processes)
-    copy.train("one")
-    assert copy.column("one", "loss") == pytest.approx(copy.column("a", "loss"), rel=1e-5)
+    if processes == 2:
+        copy.train("one")
+        assert copy.column("one", "loss") == pytest.approx(copy.column("a", "loss"), rel=1e-5)
 
 
-def test_a_new_field_of_the_config(copy, unedited):
+def test_a_new_field_of_the_config_and_settings_of_any_value(copy, unedited):
     copy.edit(
         ("model.py", "    bias: bool = True", "    smoothing: float = 0.0\n    bias: bool = True"),
         ("model.py", "ignore_index=-1)", "ignore_index=-1, label_smoothing=self.config.smoothing)"),
-        ("train.py", "bias = False  #", "smoothing = 0.1\nbias = False  #"),
+        ("train.py", "bias = False  #", "smoothing = 0.1\noffset = -10 ** 10\nbias = False  #"),
         ("train.py", "bias=bias,", "bias=bias, smoothing=smoothing,"))
     copy.check_exact()
     assert copy.column("a", "loss") != unedited.column("a", "loss")
@@ -222,7 +204,6 @@ def test_extra_checkpoints_leave_the_others_alone_and_are_backed_up(copy, unedit
 
 @pytest.mark.parametrize("slip, message, before, saved_iter", [
     ("a, b, c = model(x, y)", "not enough values to unpack (expected 3, got 2)", IN_LOOP, 5),
-    ("B, T = x[0].shape", "not enough values to unpack (expected 2, got 1)", IN_LOOP, 5),
     ("raise ValueError('mine')", "mine", "    updating = True\n", 5),
     ("[1, 2].index(3)", "3 is not in list", "    scaler.update()\n", 3),
 ])
@@ -260,9 +241,6 @@ def test_a_block_alone_and_its_added_layers_are_initialized(monkeypatch):
 
 # ---- what an edit may do that the original never does ----
 
-UPDATE = "    # ---- the update: an error in here"
-TIE = "        self.lm_head.weight = self.transformer.wte.weight\n"
-
 
 def test_parameters_without_a_gradient_in_some_updates_keep_none(copy):
     """Zeros would be decayed, and a resumed run has none."""
@@ -275,7 +253,7 @@ def test_parameters_without_a_gradient_in_some_updates_keep_none(copy):
 def test_buffers_are_saved_as_they_were_before_the_update_under_way(copy):
     start = "        start = max("
     copy.edit(
-        ("model.py", TIE, TIE + "        self.register_buffer('steps', torch.zeros(()))\n"),
+        ("model.py", TIED, TIED + "        self.register_buffer('steps', torch.zeros(()))\n"),
         ("model.py", start, "        self.steps += self.training\n" + start),
         ("train.py", UPDATE, "    assert iter_num < 5\n" + UPDATE))
     copy.train("a", code=1)
@@ -289,10 +267,3 @@ def test_a_checkpoint_that_nothing_could_read_is_named_when_it_is_written(copy):
     output = copy.train("a", code=1)
     assert "could not be read again: keep tensors and plain values" in output
     assert list(copy.folder.glob("a/*.pt*")) == []
-
-
-def test_sys_exit_in_the_loop_saves_first(copy):
-    copy.edit(("train.py", UPDATE, "    if iter_num == 5:\n        sys.exit(3)\n" + UPDATE))
-    command = [sys.executable, "train.py", *TINY, f"--dataset={copy.dataset}", "--out_dir=a"]
-    assert subprocess.run(command, cwd=copy.folder, capture_output=True).returncode == 3
-    assert copy.newest("a")["iter_num"] == 5

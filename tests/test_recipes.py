@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import test_edits
 import torch
-from conftest import ROOT, load, make_dataset
-from test_edits import Copy, assert_same, run_script
+from conftest import ROOT, assert_same, load, make_dataset
+from test_edits import Copy, run_script
 
 unedited = test_edits.unedited  # a fixture
 DIFFS = re.findall("```diff\n(.*?)```", (ROOT / "docs/recipes.md").read_text(), re.DOTALL)
@@ -37,10 +37,9 @@ def test_label_smoothing(apply, unedited):
     unedited.resume(copy.folder / "a")
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_rotary_embeddings(apply, unedited, processes):
+def test_rotary_embeddings(apply, unedited):
     copy = apply(2)
-    copy.check_exact(processes=processes)
+    copy.check_exact(processes=2)
     copy.call(check_rotation)
     for code, run in ((copy, unedited), (unedited, copy)):
         assert "transformer.wpe.weight" in code.resume(run.folder / "a", code=1)
@@ -70,12 +69,11 @@ def test_adafactor(apply, unedited):
     assert "row_var" in copy.newest("a")["optimizer"]["state"][0]
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_two_data_sets(apply, unedited, tmp_path, processes):
+def test_two_data_sets(apply, unedited, tmp_path):
     make_dataset(tmp_path)
     np.full(999, 5, np.uint16).tofile(tmp_path / "train.bin")
     copy = apply(5)
-    copy.check_exact(f"--second_dataset={tmp_path}", processes=processes)
+    copy.check_exact(f"--second_dataset={tmp_path}", processes=2)
     copy.train("one", f"--second_dataset={tmp_path}")
     assert copy.column("a", "loss") == pytest.approx(copy.column("one", "loss"), rel=1e-5)
     assert copy.column("a", "val_loss")[0] == unedited.column("a", "val_loss")[0]
@@ -113,32 +111,29 @@ def test_checkpoints_to_keep(apply, unedited):
     assert_same(copy.newest("c")["optimizer"], unedited.newest("a")["optimizer"])
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_early_stopping(apply, processes):
+def test_early_stopping(apply):
     copy = apply(8)
     rising_lr = ["--min_lr=2.0", "--max_iters=40", "--lr_decay_iters=9", "--eval_interval=1"]
-    copy.check_exact("--patience=3", *rising_lr, processes=processes)
+    copy.check_exact("--patience=3", *rising_lr, processes=2)
     last = copy.newest("a")
     assert 3 < last["iter_num"] == last["best_iter"] + 3 < 40
     assert load(copy.folder / "a", "ckpt.pt")["iter_num"] == last["best_iter"]
     assert copy.resume("a", "--patience=4").count("\niter ") == 1
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_growing_batch(apply, unedited, processes):
+def test_a_growing_batch(apply, unedited):
     copy = apply(9)
-    copy.check_exact("--growth_interval=3", "--max_growth=2", processes=processes)
+    copy.check_exact("--growth_interval=3", "--max_growth=2", processes=2)
     larger = ["--gradient_accumulation_steps=8", "--max_iters=8"]
-    unedited.train(copy.folder / "c", "--max_iters=3", processes=processes)
-    unedited.resume(copy.folder / "c", *larger, processes=processes)
+    unedited.train(copy.folder / "c", "--max_iters=3", processes=2)
+    unedited.resume(copy.folder / "c", *larger, processes=2)
     assert_same(copy.newest("a")["model"], copy.newest("c")["model"])
     assert copy.column("a", "loss") == copy.column("c", "loss")
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_an_average_of_the_weights(apply, unedited, processes):
+def test_an_average_of_the_weights(apply, unedited):
     copy = apply(7, 10)
-    copy.check_exact("--ema_decay=0.7", "--keep_interval=1", processes=processes)
+    copy.check_exact("--ema_decay=0.7", "--keep_interval=1", processes=2)
     kept = [load(copy.folder / "a", f"ckpt_{i}.pt") for i in range(9)]
     average = {name: p.clone() for name, p in kept[0]["model"].items()}
     for i in range(8):
@@ -157,7 +152,7 @@ def check_average_is_sampled():
     assert_same(dict(model.state_dict()), dict(checkpoint["ema"]))
 
 
-def test_all_of_them_together(apply, dataset):
+def test_all_of_them_together_in_one_process(apply, dataset):
     options = ["--label_smoothing=0.1", f"--second_dataset={dataset}", "--keep_interval=3",
                "--patience=100", "--growth_interval=3"]
     apply(*range(1, 11)).check_exact(*options, "--optimizer_type=adafactor")
