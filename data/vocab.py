@@ -76,16 +76,20 @@ class PlainUnpickler(pickle.Unpickler):
 def read_vocabulary(path, default=None):
     """
     The vocabulary that a path names: 'gpt2', a tokenizer.json, or the folder of a data set, an
-    exported model or a run. `default`, unless it is None, if there is none in the folder.
+    exported model or a run; `default` if there is none, or else a UserError.
     """
     if path == "gpt2":
         return GPT2
     path = Path(path)
     names = ("tokenizer.json", "meta.pkl", "ckpt.pt", "last.pt")
-    found = [path / name for name in names if (path / name).exists()]
-    if default is not None and not found:
+    files = [path, *(path / name for name in names)]
+    files = [file for file in files if file.is_file()]
+    if not files and default is None:
+        raise UserError(f"{str(path)!r} has no tokenizer: name a tokenizer.json, or the folder of a "
+                        "data set, a model or a run that has its own")
+    if not files:
         return default
-    file = found[0] if found else path
+    file = files[0]
     try:
         if file.suffix == ".pkl":
             meta = PlainUnpickler(open(file, "rb")).load()
@@ -119,10 +123,13 @@ def read_tokenizer(path):
 
 def run_tokenizer(checkpoint):
     """The tokenizer in a checkpoint; None for nanoGPT's, which have none."""
-    if "itos" in checkpoint and not checkpoint["tokenizer"]:  # before version 0.11
-        itos = checkpoint["itos"]  # {}: not known
-        return characters(itos)["tokenizer"] if itos else None if itos == {} else "gpt2"
-    return checkpoint.get("tokenizer")
+    tokenizer = checkpoint.get("tokenizer")
+    if tokenizer is None and "itos" in checkpoint:  # before version 0.11
+        itos = checkpoint["itos"]
+        if itos is None:
+            return "gpt2"
+        return characters(itos)["tokenizer"] if itos else None
+    return tokenizer
 
 
 def write_vocabulary(folder, tokenizer):
@@ -194,7 +201,8 @@ def make_tokenizer(tokenizer, vocab_size):
     of ids, and end-of-text's id or None. UserError if a model of `vocab_size` has other tokens.
     """
     if tokenizer is None:
-        raise UserError("the tokenizer is not known: the meta.pkl of the data set has none")
+        raise UserError("the tokenizer is not known: neither a tokenizer.json nor characters were "
+                        "found in the folder of the data set, the model or the run")
     if tokenizer == "gpt2":
         bpe = gpt2_bpe()
         encode, decode = functools.partial(bpe.encode, allowed_special="all"), bpe.decode

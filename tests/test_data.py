@@ -345,7 +345,7 @@ def test_every_kind_of_tokens_holds_out_the_same_text(tmp_path, text):
     (["{}/nowhere.txt"], "No such file .*nowhere.txt"),
     (["{}/x.dat"], "x.dat.*UTF-8"),
     (["{}/nul.txt"], "nul.txt.*UTF-8"),
-    (["{}/some.txt", "--tokens=words"], "words"),
+    (["{}/some.txt", "--tokens=words"], "'words' has no tokenizer"),
     (["{}/some.txt", "--val_frac=0.0"], "too little text: val.bin would be"),
     (["{}/spaces.txt", "--tokens=gpt2", "--val_frac=0.5"], "too little text.*1 documents"),
 ])
@@ -709,7 +709,7 @@ def test_tokenizers_that_cannot_be_used_are_named(tmp_path):
     foreign_tokenizer(tmp_path, last=65536)
     (tmp_path / "bad.json").write_text('{"model": 1}')
     for name, reason in (("tokenizer.json", "65,537 tokens.*uint16"), ("bad.json", ""),
-                         ("nowhere", "No such file"), ("", "65,537 tokens.*uint16")):
+                         ("nowhere", "has no tokenizer"), ("", "65,537 tokens.*uint16")):
         with pytest.raises(ValueError, match=f"{name}'.*{reason}"):
             vocab.read_vocabulary(tmp_path / name)
 
