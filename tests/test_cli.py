@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from conftest import ROOT, TINY, finish, spawn
+from conftest import ROOT, finish, spawn
 
 SCRIPTS = ["train.py", "sample.py", "bench.py", "plot.py"]
 SCRIPTS += [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("data/*/prepare.py"))]
@@ -27,11 +27,3 @@ def test_help_and_an_unknown_setting(run, tmp_path, monkeypatch, script):
 def test_prepare_runs_from_any_folder(tmp_path):
     process = spawn("data/shakespeare_char/prepare.py", "--x=1", cwd=tmp_path)
     assert finish(process, code=1)[1].startswith("error: unknown setting 'x'")
-
-
-def test_a_pipe_gets_utf8_whatever_the_locale_is(dataset, tmp_path):
-    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
-    options = [*TINY, f"--dataset={dataset}", "--out_dir=日本 1", "--max_iters=1"]
-    out, err = finish(spawn("train.py", *options, env=environment, cwd=tmp_path))
-    assert err == "" and out.endswith("--out_dir='日本 1'\n")
-    assert (tmp_path / "日本 1/log.csv").exists()

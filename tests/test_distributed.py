@@ -25,9 +25,7 @@ MUON = ["--optimizer_type=muon", "--lr_schedule=wsd", *DROPOUT]
 
 
 @pytest.mark.parametrize("processes, options, rel", [
-    (2, DROPOUT, 1e-5),
     (3, DROPOUT, 1e-5),
-    (5, DROPOUT, 1e-5),
     (2, MUON, 1e-3),  # it computes in bfloat16
     (2, [*MUON, "--dtype=float16"], 1e-2),
 ])
@@ -44,7 +42,7 @@ def test_several_processes_do_what_one_does_and_continue_its_run(
     assert_logs_agree(one, several, rel)
 
 
-@pytest.mark.parametrize("processes", [2, 3, 4, 5])
+@pytest.mark.parametrize("processes", [2, 3, 5])
 def test_several_processes_resume_bitwise(dataset, tmp_path, monkeypatch, processes):
     """From 3 processes on, the order of sums and the rounding of means matter."""
     options = [f"--dataset={dataset}", f"--gradient_accumulation_steps={2 * processes}", *MUON]
@@ -58,17 +56,11 @@ def test_several_processes_resume_bitwise(dataset, tmp_path, monkeypatch, proces
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
-def test_under_torchrun_a_line_is_printed_once_and_an_error_has_no_traceback(dataset, tmp_path):
-    options = [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path / 'a'}"]
-    process = spawn("train.py", *options, processes=2)
-    options[-1] += "b"
-    failing = spawn("train.py", *options, "--gradient_accumulation_steps=3", processes=2)
-    _, err = finish(failing, code=1)
+def test_a_mistake_under_torchrun_is_named_without_a_traceback():
+    process = spawn("train.py", "--gradient_accumulation_steps=3", processes=2)
+    _, err = finish(process, code=1)
     assert "error: gradient_accumulation_steps=3 is not divisible by 2 processes" in err
     assert f'{ROOT / "train.py"}", line' not in err
-    lines = finish(process)[0].splitlines()
-    for start in ("0.01M parameters", "step 0:", "iter 7:", "step 8:", "best val loss"):
-        assert len([line for line in lines if line.startswith(start)]) == 1, start
 
 
 @pytest.mark.parametrize("option, named", [
