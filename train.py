@@ -246,13 +246,16 @@ def estimate_loss():
                 break
             if eval_iters > 0:
                 x, y = get_batch(split, stream, k)
-            else:  # in order; the last batch may have fewer sequences
-                end = min((k + 1) * batch_size, num_eval_sequences)
-                x, y = load_sequences(split, np.arange(k * batch_size, end) * block_size)
+            else:  # in order; what fills up the last batch has targets of -1, which don't count
+                numbers = np.arange(k * batch_size, (k + 1) * batch_size)
+                numbers = np.minimum(numbers, num_eval_sequences - 1)
+                x, y = load_sequences(split, numbers * block_size)
+                y = y.clone()  # x and y share memory
+                y[num_eval_sequences - k * batch_size:] = -1
             seed_torch(stream, k)
             with autocast:
                 _, loss = compiled_model(x, y)
-            results[start + k] = loss * (len(x) / batch_size)  # a short batch counts for less
+            results[start + k] = loss * (y >= 0).float().mean()  # a short batch counts for less
     compiled_model.train()
     results[-1] = float(runtime.stop_requested())
     # A batch has its loss from one process and zeros from the others: no sum depends on how many.

@@ -6,28 +6,23 @@ import shutil
 import pytest
 import torch
 from conftest import assert_same_state, newest, on_forward, read_log, world
-
-
-@pytest.mark.parametrize("max_iters, expected", [(6, "036"), (8, "0368")])
-def test_evaluations_come_every_eval_interval_and_at_the_end(train, tmp_path, max_iters, expected):
-    train("a", f"--max_iters={max_iters}")
-    assert "".join(row["iter"] for row in read_log(tmp_path / "a") if row["val_loss"]) == expected
+from torch._dynamo.testing import CompileCounter
 
 
 def test_evaluation_and_logging_do_not_change_training(train):
     weights = train("a", "--dropout=0.2")["model"].state_dict()
-    for option in ("--eval_interval=1", "--eval_iters=7", "--eval_iters=0", "--log_interval=5",
+    for option in ("--eval_interval=1", "--eval_iters=7", "--log_interval=5",
                    "--always_save_checkpoint=False"):
         other_weights = train("b", "--dropout=0.2", option)["model"].state_dict()
         for name in weights:
             assert torch.equal(weights[name], other_weights[name]), (option, name)
 
 
-def test_every_evaluation_uses_the_same_batches_without_dropout(train, tmp_path):
-    """With a learning rate of 0 the weights stay, and so must the losses."""
+def test_evaluations_come_every_eval_interval_and_at_the_end_with_the_same_batches(train, tmp_path):
+    """With a learning rate of 0 the weights stay, and without dropout so must the losses."""
     train("a", "--dropout=0.5", "--learning_rate=0.0", "--min_lr=0.0")
     rows = [row for row in read_log(tmp_path / "a") if row["val_loss"]]
-    assert len(rows) == 4
+    assert [row["iter"] for row in rows] == ["0", "3", "6", "8"]
     for column in ("train_loss", "val_loss"):
         assert len({row[column] for row in rows}) == 1
 
@@ -67,3 +62,15 @@ def test_losses_of_nan_save_nothing(train, run, tmp_path, monkeypatch):
     assert "step 3: train loss nan, val loss nan\n" in run.out
     train("b", "--max_iters=6")
     assert_same_state(newest(tmp_path / "a"), newest(tmp_path / "b"))
+
+
+def test_training_and_evaluating_need_one_graph_each(train, monkeypatch):
+    """Also where the last batch of an evaluation is short."""
+    graphs = CompileCounter()
+    torch_compile = torch.compile
+
+    def count(function, **options):
+        return torch_compile(function, backend=graphs, **options)
+    monkeypatch.setattr(torch, "compile", count)
+    train("a", "--compile=True", "--eval_iters=0", "--batch_size=7", "--max_iters=2")
+    assert graphs.frame_count == 3  # the first finds out whether there is a compiler
