@@ -127,7 +127,7 @@ UNUSABLE = {
     "saved['best_val_loss'] = 'low'": "ckpt.pt.*low",
     "saved['config']['beta1'] = 1.5": "beta1=1.5 must be from 0 to 0.999999",
     "saved['model_args']['n_layer'] = 3": "(?s)weights do not fit.*transformer.h.2",
-    "saved['model_args']['rope'] = True": "the model has rope=True, and GPTConfig has no such field",
+    "saved['model_args']['rope'] = True": "rope=True, and GPTConfig has no such field",
     "del saved['model']['transformer.ln_f.weight']": "(?s)do not fit.*transformer.ln_f",
     "saved['model']['extra'] = torch.ones(1)": "(?s)weights do not fit.*extra",
     "saved['model']['lm_head.weight'][0, 0] = torch.nan": "wte.weight has values .* not finite",

@@ -1,7 +1,6 @@
 """Resuming: an interrupted run ends bit for bit as one that was never interrupted."""
 
 import re
-import shutil
 
 import pytest
 import torch
@@ -115,20 +114,6 @@ def test_finetuning_starts_from_a_folder_and_crops_it(train, tmp_path):
         n_layer=1, n_head=2, n_embd=8, block_size=8, bias=True, vocab_size=28, dropout=0.1)
     with pytest.raises(ValueError, match="block_size=64"):
         train("b", f"--init_from={tmp_path / 'hf'}", "--block_size=64")
-
-
-def test_finetuning_starts_from_another_run(train, run, dataset, tmp_path):
-    """From its best weights, at iteration 0, and only on data with the same characters."""
-    train("a", "--max_iters=3")
-    result = train("b", f"--init_from={tmp_path / 'a'}", "--max_iters=0", "--dropout=0.1")
-    assert "from iteration 0\n" in run.out and result["model"].training
-    for name, p in load(tmp_path / "a", "ckpt.pt")["model"].items():
-        assert torch.equal(result["model"].state_dict()[name], p)
-    folder = shutil.copytree(dataset, tmp_path / "other")
-    meta = (folder / "meta.pkl").read_bytes()
-    (folder / "meta.pkl").write_bytes(meta.replace(b"x", b"X"))
-    with pytest.raises(ValueError, match="has other tokens than the data set"):
-        train("c", f"--init_from={tmp_path / 'a'}", f"--dataset={folder}")
 
 
 DIVERGING = ["--eval_interval=1", "--min_lr=3.0"]  # a learning rate that rises
