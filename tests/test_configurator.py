@@ -1,6 +1,7 @@
 """Settings: values, config files, and how uncaught errors are printed."""
 
 import math
+import os
 import re
 import subprocess
 import sys
@@ -9,7 +10,14 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from configurator import UserError, check_type, configure, excepthook, parse_value
+from configurator import (
+    UserError,
+    check_type,
+    configure,
+    excepthook,
+    parse_value,
+    set_environment,
+)
 
 DEFAULTS = dict(learning_rate=1e-3, batch_size=12, compile="auto", decay_lr=True, out_dir="out")
 TRAIN_SETTINGS = """
@@ -196,3 +204,12 @@ def test_lost_peers_are_one_line(printed, monkeypatch):
 def test_any_other_error_keeps_its_traceback(printed, error):
     text = printed(error)
     assert text.startswith("Traceback") and "test_configurator.py" in text and "\x1b" not in text
+
+
+@pytest.mark.parametrize("given, spin_count", [
+    ({}, "1000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)])
+def test_threads_of_openmp_do_not_spin_for_long_unless_the_user_wants_it(
+        monkeypatch, given, spin_count):
+    monkeypatch.setattr(os, "environ", dict(given))
+    set_environment()
+    assert os.environ.get("GOMP_SPINCOUNT") == spin_count

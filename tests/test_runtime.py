@@ -74,6 +74,17 @@ def test_device_that_is_not_there_is_refused(device):
         choose_device(device, 0)
 
 
+def test_a_gpu_that_torch_has_no_kernels_for_is_refused(monkeypatch, environment, gpus):
+    def fails(size, device):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\n"
+                           "CUDA kernel errors might be asynchronously reported")
+    gpus(1)
+    environment()
+    monkeypatch.setattr(torch, "zeros", fails)
+    with pytest.raises(ValueError, match="another build of torch .*no kernel image [^\n]*$"):
+        choose_device("auto", 0)
+
+
 @pytest.mark.parametrize("native", [True, False])
 def test_bfloat16_is_used_where_it_is_native(monkeypatch, environment, gpus, native):
     gpus(1)

@@ -181,6 +181,13 @@ def test_characters_of_nanogpts_checkpoint_come_from_its_data(sample, out_dir):
         sample("--start=the")
 
 
+def test_apples_gpus_are_refused_where_they_sample_wrong_text(sample, monkeypatch):
+    monkeypatch.setattr("runtime.setup_device", lambda *args: ("mps", "float32", False))
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.11.0"))
+    with pytest.raises(ValueError, match="install torch 2.12 or later, or use --device=cpu"):
+        sample()
+
+
 def test_a_closed_pipe_ends_sampling_quietly(out_dir):
     """As in `python sample.py ... | head -1`."""
     process = spawn("sample.py", f"--out_dir={out_dir}", "--max_new_tokens=100000",

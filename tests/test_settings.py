@@ -41,6 +41,9 @@ def test_a_mistake_is_named_in_one_line_and_leaves_an_earlier_run_alone(train, r
         with pytest.raises(UserError, match=re.escape(named)):
             train("a", argument)
         assert run.err.startswith("error: ") and run.err.count("\n") == 1
+        with pytest.raises(UserError):
+            train("new", argument)
+    assert not (tmp_path / "new").exists()
     assert {path.name: path.read_bytes() for path in tmp_path.glob("a/*")} == before
 
 
