@@ -41,9 +41,6 @@ def test_ranks_come_from_the_environment(environment):
     assert process_ranks() == (0, 0, 1)
     environment(RANK=5, LOCAL_RANK=1, WORLD_SIZE=8)
     assert process_ranks() == (5, 1, 8)
-
-
-def test_a_rank_without_a_world_is_refused(environment):
     environment(RANK=3)
     with pytest.raises(ValueError, match="RANK=3, but WORLD_SIZE=1: launch with torchrun"):
         process_ranks()
@@ -127,11 +124,9 @@ def test_compiler_that_fails_is_named_in_one_line(monkeypatch, capsys, compiled,
 
 
 @pytest.mark.parametrize("name, teraflops", [
-    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200", 989),
-    ("NVIDIA H20", 148), ("NVIDIA GB200", 2500), ("NVIDIA B200", 2250), ("NVIDIA A10", 125),
-    ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA L4", 121), ("NVIDIA L40", 181), ("NVIDIA L40S", 362),
-    ("NVIDIA GeForce RTX 4080 SUPER", 104), ("NVIDIA RTX 6000 Ada Generation", 364),
-    ("Tesla T4", 65), ("AMD Instinct MI300X", 1307), ("NVIDIA T400", math.nan),
+    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H20", 148),
+    ("NVIDIA GB200", 2500), ("NVIDIA A10", 125), ("NVIDIA A100-SXM4-80GB", 312),
+    ("NVIDIA GeForce RTX 4080 SUPER", 104), ("Tesla T4", 65), ("NVIDIA T400", math.nan),
 ])
 def test_peak_flops_by_name(monkeypatch, name, teraflops):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)

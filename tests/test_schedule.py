@@ -36,16 +36,6 @@ def test_the_optimizers_use_the_rate_of_their_update(train, tmp_path):
             assert group["lr"] == pytest.approx(0.01 * scale)
 
 
-@pytest.mark.parametrize("min_lr, says_so", [(0.0, True), (1e-5, False)])
-def test_a_rate_of_0_before_the_end_is_said(train, run, min_lr, says_so):
-    options = ["--lr_decay_iters=2", f"--min_lr={min_lr}"]
-    train("a", *options, "--max_iters=2")
-    assert "note: max_iters" not in run.out
-    train("a", "--init_from=resume", *options, "--max_iters=3")
-    note = "note: max_iters=3, but the learning rate is 0 from lr_decay_iters=2 on\n"
-    assert (note in run.out) == says_so
-
-
 @pytest.mark.parametrize("max_iters", [0, 1, 5])
 def test_a_run_makes_exactly_max_iters_updates(train, tmp_path, max_iters):
     state = train("a", f"--max_iters={max_iters}")["state"]
