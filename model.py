@@ -192,20 +192,17 @@ class GPT(nn.Module):
             num_params -= self.transformer.wpe.weight.numel()
         return num_params
 
-    def flops_per_token(self):
-        """FLOPs of the forward and backward pass (Chowdhery et al. 2022, PaLM, appendix B)."""
-        config = self.config
-        attention = 12 * config.n_layer * config.n_embd * config.block_size
-        return 6 * self.get_num_params() + attention
-
     def estimate_mfu(self, fwdbwd_per_iter, dt):
         """
-        Model FLOPs utilization: the model's FLOP/s as a fraction of the device's peak, when
-        `fwdbwd_per_iter` sequences of block_size tokens take `dt` seconds; nan if that is unknown.
+        Model FLOPs utilization (Chowdhery et al. 2022, PaLM, appendix B): the model's FLOP/s as a
+        fraction of the device's peak, if `fwdbwd_per_iter` sequences take `dt` seconds forward and
+        backward. nan if the peak is not known.
         """
-        peak = peak_flops(next(self.parameters()).device)
-        tokens_per_s = fwdbwd_per_iter * self.config.block_size / dt
-        return self.flops_per_token() * tokens_per_s / peak
+        config = self.config
+        attention = 12 * config.n_layer * config.n_embd * config.block_size
+        flops_per_token = 6 * self.get_num_params() + attention
+        tokens_per_s = fwdbwd_per_iter * config.block_size / dt
+        return flops_per_token * tokens_per_s / peak_flops(next(self.parameters()).device)
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type,
                              optimizer_type="adamw"):

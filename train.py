@@ -290,6 +290,7 @@ def get_lr(iteration):
 
 COLUMNS = "iter train_loss val_loss loss lr grad_norm tokens_per_s time_ms mfu".split()
 log_path = os.path.join(out_dir, "log.csv")
+resume_command = f"python train.py --out_dir={shlex.quote(out_dir)} --init_from=resume"
 
 
 def log_metrics(**row):
@@ -323,14 +324,6 @@ def save_after_error():
             buffer.copy_(old)
         save("last.pt", on_any_process=True)  # rank 0 may be stuck
         print(f"saved last.pt before iteration {saved_iter}", file=sys.stderr)
-
-
-def how_to_go_on():
-    """The command that resumes the run from what it has saved."""
-    if saved_iter is None:
-        return "nothing was saved: start again"
-    return (f"to go on from iteration {saved_iter}: python train.py "
-            f"--out_dir={shlex.quote(out_dir)} --init_from=resume")
 
 
 updating = False  # the weights are being changed: they belong to no iteration
@@ -469,8 +462,9 @@ while True:
     # ---- to here ----
     model.zero_grad()
     if skipped_in_a_row == 25:  # float16's scaler skips up to 17 to find its scale
-        raise UserError(f"loss or gradient is not finite at iteration {iter_num}; {how_to_go_on()},"
-                        " with a lower learning_rate, another dtype or --compile=False")
+        raise UserError(f"loss or gradient is not finite at iteration {iter_num}; to go on from "
+                        f"iteration {saved_iter or 0}: {resume_command}, with a lower "
+                        "learning_rate, another dtype or --compile=False")
     if stopping:
         break
 
@@ -486,7 +480,8 @@ if not eval_only:
     if stopping:
         number = runtime.stop_signal or signal.SIGTERM  # another process may have got it
         exit_code = 128 + number
-        print(f"stopped by {signal.Signals(number).name}; {how_to_go_on()}")
+        print(f"stopped by {signal.Signals(number).name}; to go on from iteration "
+              f"{saved_iter or 0}: {resume_command}")
     else:
         print(f"to sample: python sample.py --out_dir={shlex.quote(out_dir)}")
 if master_process and not eval_only:

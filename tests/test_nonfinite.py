@@ -50,21 +50,20 @@ def test_a_nonfinite_loss_on_one_process_skips_the_update_on_all(dataset, tmp_pa
     assert newest(tmp_path)["iter_num"] == 8 and updates_made(newest(tmp_path)) == 7
 
 
-@pytest.mark.parametrize("where", ["loss", "gradients"])
-def test_25_in_a_row_end_the_run_and_nothing_is_written(train, run, tmp_path, monkeypatch, where):
+def test_25_in_a_row_end_the_run_and_nothing_is_written(train, tmp_path, monkeypatch):
     options = ["--max_iters=40", "--eval_interval=2"]
     with monkeypatch.context() as patch:
-        poison(patch, range(4 * 3, 10000), where)  # from update 3 on
-        with pytest.raises(ValueError, match="loss or gradient is not finite at iteration 27; to go "
-                           "on from iteration 2: python train.py .*--init_from=resume, with a"):
+        poison(patch, range(4 * 3, 10000), "gradients")  # from update 3 on
+        named = "not finite at iteration 27; to go on from iteration 2: .*--init_from=resume, with"
+        with pytest.raises(ValueError, match=named):
             train("a", *options)
     assert newest(tmp_path / "a")["iter_num"] == 2 and not (tmp_path / "a/last.pt").exists()
     train("a", *options, "--init_from=resume")
     assert newest(tmp_path / "a")["iter_num"] == 40
 
 
-def test_a_model_that_has_exploded_is_not_saved(train, run, tmp_path):
-    with pytest.raises(ValueError, match="at iteration 25; nothing was saved"):
+def test_a_model_that_has_exploded_is_not_saved(train, tmp_path):
+    with pytest.raises(ValueError, match="at iteration 25; to go on from iteration 0"):
         # the first update multiplies the weights by 1e18
         train("a", "--learning_rate=1e9", "--weight_decay=1e9", "--warmup_iters=0",
               "--grad_clip=0.0", "--max_iters=40", "--eval_interval=2")
