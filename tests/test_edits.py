@@ -5,12 +5,11 @@ import os
 import runpy
 import shutil
 import signal
-import socket
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY, assert_same, fork, load, newest, read_log, wait
+from conftest import ROOT, TINY, assert_same, fork_world, load, newest, read_log
 
 import model
 
@@ -41,13 +40,7 @@ class Copy:
             function(*arguments)
             sys.exit(0)
         (self.folder / "output").write_text("")
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = str(free.getsockname()[1])
-        env = dict(WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        pids = []
-        for rank in map(str, range(processes)):
-            pids.append(fork(before=before, RANK=rank, LOCAL_RANK=rank, **env))
-        codes = [wait(pid) for pid in pids]
+        codes = fork_world(processes, before=before)
         output = (self.folder / "output").read_text()
         assert codes == [code] * processes, output
         return output
