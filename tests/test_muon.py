@@ -7,7 +7,7 @@ from muon import Muon
 
 # (n_layer, n_embd) -> matrices of GPT-2's blocks
 TINY = (1, 48)
-SIZES = [TINY, (2, 160), (4, 128), (2, 384), (1, 768)]
+SIZES = [TINY, (2, 160), (2, 384)]
 
 
 def make_params(n_layer, n_embd):
@@ -48,9 +48,8 @@ def assert_same_training(ours, our_params, theirs, their_params, steps, seed=0):
 @pytest.mark.parametrize("n_layer, n_embd", SIZES)
 def test_equals_torch_bit_for_bit(n_layer, n_embd):
     ours, theirs = make_params(n_layer, n_embd), make_params(n_layer, n_embd)
-    steps = 4 if n_embd < 384 else 1
     our_muon = Muon(ours, lr=0.01, weight_decay=0.1)
-    assert_same_training(our_muon, ours, make_torch_muon(theirs), theirs, steps)
+    assert_same_training(our_muon, ours, make_torch_muon(theirs), theirs, steps=2)
 
 
 @pytest.mark.parametrize("from_torch", [True, False])
