@@ -83,6 +83,13 @@ def make_dataset(folder):
     (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
 
 
+class MakesFolder:
+    """Pickles as a call of os.mkdir, as a hostile file would."""
+
+    def __reduce__(self):
+        return os.mkdir, ("owned",)
+
+
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory):
     """The folder of the data set."""

@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same_state, interrupt_at, load, newest
+from conftest import MakesFolder, assert_same_state, interrupt_at, load, newest
 
 import checkpoint as checkpoint_module
 from checkpoint import back_up, load_optimizer, save_checkpoint
@@ -89,13 +89,6 @@ def test_a_full_disk_ends_the_run_and_leaves_the_old_checkpoint(out_dir, train, 
     assert all(line.startswith("error: cannot save") for line in run.err.splitlines())
     assert set(contents(out_dir)) == {"ckpt.pt", "log.csv"}
     assert (out_dir / "ckpt.pt").read_bytes() == old_content
-
-
-class MakesFolder:
-    """Pickles as a call of os.mkdir, as a hostile file would."""
-
-    def __reduce__(self):
-        return os.mkdir, ("owned",)
 
 
 def flip_bit(path):

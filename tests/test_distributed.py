@@ -56,6 +56,21 @@ def test_several_processes_resume_bitwise(dataset, tmp_path, monkeypatch, proces
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
+@pytest.mark.parametrize("processes, options", [
+    (1, []),
+    (1, ["--dtype=float16", "--optimizer_type=muon"]),
+    (2, ["--dtype=bfloat16"]),
+])
+def test_gradient_checkpointing_changes_nothing(dataset, tmp_path, processes, options):
+    """With dropout, whose masks must be drawn again alike."""
+    options = [*options, *DROPOUT, f"--dataset={dataset}"]
+    world(processes, *options, f"--out_dir={tmp_path / 'a'}")
+    world(processes, *options, f"--out_dir={tmp_path / 'b'}", "--gradient_checkpointing=True")
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    assert newest(tmp_path / "b")["config"]["gradient_checkpointing"]
+    assert "gradient_checkpointing" not in newest(tmp_path / "b")["model_args"]  # as nanoGPT reads
+
+
 def test_a_mistake_under_torchrun_is_named_without_a_traceback():
     process = spawn("train.py", "--gradient_accumulation_steps=3", processes=2)
     _, err = finish(process, code=1)

@@ -88,6 +88,24 @@ def test_no_position_sees_later_tokens():
         assert seen.tolist() == [position <= t for position in range(16)]
 
 
+def test_blocks_keep_their_input_only(monkeypatch):
+    """The tensors that a backward pass waits for shrink to a few for each block."""
+    idx = torch.zeros(2, 16, dtype=torch.long)
+    elements = {}
+    for checkpointing in (False, True):
+        saved = []
+
+        def pack(tensor, saved=saved):
+            saved.append(tensor.numel())
+            return tensor
+        model = GPT(GPTConfig(16, 61, 3, 4, 32))
+        model.gradient_checkpointing = checkpointing
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(idx, idx)
+        elements[checkpointing] = sum(saved)
+    assert elements[True] < 0.6 * elements[False]
+
+
 def test_attention_of_matrix_products_agrees_with_pytorch():
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 3, 9, 8, requires_grad=True).unbind(0)

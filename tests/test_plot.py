@@ -1,12 +1,11 @@
 """log.csv to a picture."""
 
-import math
 import shutil
 import sys
 
 import pytest
 
-from plot import draw_losses, read_log
+from plot import read_log
 
 LOG = """iter,train_loss,val_loss,loss,lr
 0,4.2,4.1,,0.1
@@ -17,7 +16,7 @@ LOG = """iter,train_loss,val_loss,loss,lr
 
 @pytest.fixture(scope="module", autouse=True)
 def matplotlib():
-    """Is here what it is, and elsewhere missing, as conftest.py has it."""
+    """Can be imported by these tests only: conftest.py hides it from the others."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delitem(sys.modules, "matplotlib")
         yield
@@ -57,27 +56,6 @@ def test_log_that_is_being_written_or_has_other_columns_can_be_read(out_dir, tex
     (out_dir / "log.csv").write_text(text)
     log = read_log(out_dir)
     assert log.get("loss", []) == expected and log.keys() <= {"iter", "loss"}
-
-
-def test_step_0_is_not_joined_and_the_axis_begins_below_it(out_dir, monkeypatch):
-    log = "iter,val_loss,loss\n0,5,\n50,2.5,\n100,2,\n"
-    for i in range(80):
-        log += f"{i},,{4 if i < 3 else 2 + i % 2}\n"
-    (out_dir / "log.csv").write_text(log)
-    figures = []
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig",
-                        lambda figure, path, dpi: figures.append(figure))
-    draw_losses([out_dir], "")
-    axes = figures[0].axes[0]
-    curves = {line.get_label(): line.get_data() for line in axes.lines}
-    low, high = axes.get_ylim()
-    assert low < 2 and 3 < high < 3.1
-    x, y = curves["val"]
-    assert x.tolist() == [0, 0, 50, 100]
-    assert y.tolist() == pytest.approx([5, math.nan, 2.5, 2], nan_ok=True)
-    x, y = curves["batch"]  # means of 5 values
-    assert x == pytest.approx(range(2, 78))
-    assert (y[0], y[-1]) == pytest.approx((3.4, 2.6))
 
 
 def test_picture_of_one_run_is_in_its_folder(run, out_dir):

@@ -75,20 +75,6 @@ def test_greedy_samples_and_off_values(sample, out_dir):
     assert everything == sample(*short, "--top_k=28") != sample(*short, "--top_k=1")
 
 
-def test_single_sample_is_shown_while_it_is_drawn(sample, monkeypatch):
-    writes = []
-    write = sys.stdout.write
-
-    def remember(text):
-        writes.append(text)
-        return write(text)
-    monkeypatch.setattr(sys.stdout, "write", remember)
-    out = sample("--start=the", "--num_samples=1")
-    one_by_one = [text for text in writes if len(text) == 1]
-    assert len(one_by_one) >= 20
-    assert out.startswith("the") and len(out) == len("the") + 20 + 1 + len(RULE)
-
-
 def test_bytes_of_one_character_are_shown_together(sample_gpt2, monkeypatch):
     ids = gpt2_bpe().encode("a🙂日本b")
     assert len(ids) > 6  # several tokens a character

@@ -16,10 +16,6 @@ from data import vocab
 from model import load_model
 
 TEXT = "Es war einmal ein König — Ἐν ἀρχῇ ἦν ὁ λόγος. हिन्दी 日本語 🙂 the end.\n" * 60
-OPTIONS = """
-    --n_layer=1 --n_head=2 --n_embd=16 --block_size=8 --batch_size=7 --gradient_accumulation_steps=1
-    --max_iters=3 --eval_interval=3 --eval_iters=0 --device=cpu --dtype=float32
-""".split()
 
 
 @pytest.fixture(params=["characters", "bpe", "gpt2"])
@@ -37,9 +33,9 @@ def prepared(run, tmp_path, tokens):
 
 
 @pytest.fixture
-def out_dir(run, tmp_path, prepared):
+def out_dir(train, tmp_path, prepared):
     """The folder of a run on that data set. What the run printed is in run.out."""
-    run("train.py", *OPTIONS, f"--dataset={prepared}", f"--out_dir={tmp_path / 'run'}")
+    train("run", f"--dataset={prepared}", "--max_iters=3", "--eval_iters=0", "--batch_size=7")
     return tmp_path / "run"
 
 
@@ -81,11 +77,10 @@ def test_a_checkpoint_carries_its_tokens(run, tmp_path, prepared, out_dir):
     assert vocab.read_vocabulary(prepared, vocab.GPT2) == vocabulary
 
 
-def test_a_run_starts_from_another_one(run, tmp_path, prepared, out_dir):
+def test_a_run_starts_from_another_one(train, run, tmp_path, prepared, out_dir):
     """With its weights and tokens, from iteration 0."""
     before = newest(out_dir)
-    run("train.py", *OPTIONS, f"--dataset={prepared}", f"--init_from={out_dir}", "--max_iters=0",
-        f"--out_dir={tmp_path / 'next'}")
+    train("next", f"--dataset={prepared}", f"--init_from={out_dir}", "--max_iters=0")
     assert "from iteration 0\n" in run.out
     after = newest(tmp_path / "next")
     for name, weight in before["model"].items():
@@ -94,7 +89,7 @@ def test_a_run_starts_from_another_one(run, tmp_path, prepared, out_dir):
 
 
 @pytest.mark.parametrize("tokens", ["characters", "bpe"])
-def test_other_tokens_than_the_models_are_an_error(run, tmp_path, tokens, out_dir):
+def test_other_tokens_than_the_models_are_an_error(train, run, tmp_path, tokens, out_dir):
     """Those of a run, or of an exported folder."""
     with pytest.raises(SystemExit):
         run("sample.py", f"--out_dir={out_dir}", f"--export={tmp_path / 'exported'}")
@@ -103,8 +98,7 @@ def test_other_tokens_than_the_models_are_an_error(run, tmp_path, tokens, out_di
         f"--out_dir={tmp_path / 'other'}")
     for folder in (out_dir, tmp_path / "exported"):
         with pytest.raises(ValueError, match="has other tokens than the data set .*--tokens="):
-            run("train.py", *OPTIONS, f"--dataset={tmp_path / 'other'}", f"--init_from={folder}",
-                f"--out_dir={tmp_path / 'next'}")
+            train("next", f"--dataset={tmp_path / 'other'}", f"--init_from={folder}")
 
 
 def test_an_exported_folder_opens_in_transformers_with_its_tokens(run, tmp_path, tokens, out_dir):
@@ -117,9 +111,12 @@ def test_an_exported_folder_opens_in_transformers_with_its_tokens(run, tmp_path,
             run("sample.py", source, f"--export={folder}")
         assert not stopped.value.code and f" to {folder}\n" in run.out
     assert (folder / "model.safetensors").stat().st_mode & 0o777 == 0o644
-    encode, decode, _, _ = vocab.make_tokenizer(newest(out_dir)["tokenizer"], 50304)
+    encode, decode, num_ids, end_token = vocab.make_tokenizer(newest(out_dir)["tokenizer"], 50304)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    assert tokenizer(TEXT[:200])["input_ids"] == encode(TEXT[:200])
+    ids = tokenizer(TEXT[:200])["input_ids"]
+    assert ids == encode(TEXT[:200]) and tokenizer.decode(ids) == TEXT[:200]
+    assert (len(tokenizer), tokenizer.eos_token_id) == (num_ids, end_token)
+    assert tokenizer.model_max_length == 8
     pipeline = transformers.pipeline("text-generation", str(folder), device="cpu")
     theirs = pipeline("the", max_new_tokens=4, do_sample=False)[0]["generated_text"]
     model, _ = load_model("resume", str(out_dir))
