@@ -138,8 +138,8 @@ def write_vocabulary(folder, tokenizer):
         return
     Path(folder, "tokenizer.json").write_text(tokenizer, encoding="utf-8")
     stoi = stoi_of(tokenizer)
-    if stoi:  # for nanoGPT
-        meta = dict(vocab_size=len(stoi), stoi=stoi, itos={i: c for c, i in stoi.items()})
+    if stoi:  # for nanoGPT; fingerprints have its hash, so it must not change
+        meta = dict(vocab_size=len(stoi), itos={i: c for c, i in stoi.items()}, stoi=stoi)
         Path(folder, "meta.pkl").write_bytes(pickle.dumps(meta))
 
 
