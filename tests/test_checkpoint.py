@@ -251,17 +251,13 @@ def other_dataset(dataset, tmp_path):
     return shutil.copytree(dataset, tmp_path / "other")
 
 
-@pytest.mark.parametrize("change", [
-    lambda tokens: tokens[:-10],
-    lambda tokens: np.roll(tokens, 5000),  # the texts in another order
-])
-def test_resume_on_other_data_says_so(out_dir, other_dataset, train, run, change):
+def test_resume_on_other_data_says_so(out_dir, other_dataset, train, run):
     train("a", f"--dataset={other_dataset}", "--init_from=resume", "--max_iters=4")
     assert "data set" not in run.out  # another path alone is not worth a note
     best_val_loss = newest(out_dir)["best_val_loss"]
     for split in ("train", "val"):
         tokens = np.fromfile(other_dataset / f"{split}.bin", np.uint16)
-        change(tokens).tofile(other_dataset / f"{split}.bin")
+        np.roll(tokens, 5000).tofile(other_dataset / f"{split}.bin")  # in another order
     train("a", f"--dataset={other_dataset}", "--init_from=resume", "--max_iters=5",
           "--learning_rate=9.0", "--min_lr=9.0")
     assert f"note: the data set '{other_dataset}' is not the one that" in run.out
@@ -270,7 +266,6 @@ def test_resume_on_other_data_says_so(out_dir, other_dataset, train, run, change
 
 @pytest.mark.parametrize("meta", [
     None,  # GPT-2's tokens
-    dict(vocab_size=20),
     dict(vocab_size=28, itos=dict(enumerate("ABCDEFGHIJKLMNOPQRSTUVWXYZ .")))
 ])
 def test_resume_on_other_tokens_is_an_error(out_dir, other_dataset, train, meta):

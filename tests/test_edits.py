@@ -180,18 +180,6 @@ def test_a_new_field_of_the_config_and_settings_of_any_value(copy, unedited):
     assert "made without smoothing: it takes the default 0.0\n" in output
 
 
-def test_extra_checkpoints_leave_the_others_alone_and_are_backed_up(copy, unedited):
-    after_update = "    model.zero_grad("
-    copy.edit(("train.py", after_update, "    save(f'ckpt_{iter_num}.pt')\n" + after_update))
-    copy.check_exact()
-    assert_same(copy.newest("a")["optimizer"], unedited.newest("a")["optimizer"])
-    names = {path.name for path in copy.folder.glob("a/*.pt")}
-    assert names == {"ckpt.pt", *(f"ckpt_{i}.pt" for i in range(8))}
-    copy.train("a", "--max_iters=0")
-    backups = {path.name for path in copy.folder.glob("a/*.1.pt")}
-    assert backups == {name.replace(".pt", ".1.pt") for name in names}
-
-
 # ---- slips ----
 
 

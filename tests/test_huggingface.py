@@ -91,12 +91,8 @@ def test_openais_own_files_are_downloaded_and_understood(folder, monkeypatch):
 def test_a_model_in_several_files_is_read(folder):
     theirs = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
     theirs.save_pretrained(folder / "shards", max_shard_size="10KB")
-    shards = list(folder.glob("shards/*.safetensors"))
-    assert len(shards) > 2
+    assert len(list(folder.glob("shards/*.safetensors"))) > 2
     assert_same_logits(GPT.from_pretrained(str(folder / "shards")).eval(), theirs)
-    shards[0].unlink()
-    with pytest.raises(ValueError, match="the weights do not fit"):
-        GPT.from_pretrained(str(folder / "shards"))
 
 
 def test_unusable_sources_are_named(folder, tmp_path):

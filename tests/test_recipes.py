@@ -103,12 +103,16 @@ def test_gradient_norms_by_layer(apply, unedited):
 def test_checkpoints_to_keep(apply, unedited):
     copy = apply(7)
     copy.check_exact("--keep_interval=3")
-    assert {path.name for path in copy.folder.glob("a/*.pt")} == {
-        "ckpt.pt", "ckpt_0.pt", "ckpt_3.pt", "ckpt_6.pt"}
+    names = {path.name for path in copy.folder.glob("a/*.pt")}
+    assert names == {"ckpt.pt", "ckpt_0.pt", "ckpt_3.pt", "ckpt_6.pt"}
+    assert_same(copy.newest("a")["optimizer"], unedited.newest("a")["optimizer"])
     (copy.folder / "c").mkdir()
     shutil.copy(copy.folder / "a/ckpt_6.pt", copy.folder / "c/ckpt.pt")
     copy.resume("c", "--keep_interval=0")
     assert_same(copy.newest("c")["optimizer"], unedited.newest("a")["optimizer"])
+    copy.train("a", "--max_iters=0")  # a new run
+    backups = {path.name for path in copy.folder.glob("a/*.1.pt")}
+    assert backups == {name.replace(".pt", ".1.pt") for name in names}
 
 
 def test_early_stopping(apply):

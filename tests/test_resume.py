@@ -142,11 +142,3 @@ def test_ckpt_is_the_best_checkpoint_and_last_the_latest(train, run, tmp_path, a
     assert "from iteration 8\n" in run.out
     assert newest(tmp_path / "a")["iter_num"] == 9
     assert_same_state(load(tmp_path / "a", "ckpt.pt"), best)
-
-
-def test_step_0_saves_nothing_and_the_end_only_what_is_not_saved(train, run, tmp_path):
-    train("a", "--max_iters=0")
-    assert "saved" not in run.out and list(tmp_path.glob("a/ckpt*")) == []
-    train("b")
-    assert load(tmp_path / "b", "ckpt.pt")["iter_num"] == 8
-    assert not (tmp_path / "b/last.pt").exists()

@@ -207,18 +207,15 @@ def test_a_kill_at_any_moment_leaves_a_checkpoint(dataset, tmp_path):
     assert kill.hunt(dataset, tmp_path, num_kills=5)[0] >= 5
 
 
-def worker_ids(pid):
-    with open(f"/proc/{pid}/task/{pid}/children") as file:
-        return [int(child) for child in file.read().split()]
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds the workers in /proc")
 def test_torchrun_replaces_a_killed_worker_of_three(dataset, undisturbed, tmp_path):
     process = spawn("train.py", *LONG, f"--dataset={dataset}", f"--out_dir={tmp_path}",
                     "--init_from=auto", processes=3, max_restarts=3)
     wait_for(lambda: num_lines(tmp_path) > 25)
-    os.kill(worker_ids(process.pid)[1], signal.SIGKILL)
+    with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
+        workers = file.read().split()
+    os.kill(int(workers[1]), signal.SIGKILL)
     out, err = finish(process)
     assert out.count("from iteration 0\n") == 1 and out.count(", from iteration ") == 2, out + err
     assert "connectFullMesh failed" not in err
