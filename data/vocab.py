@@ -85,8 +85,8 @@ def read_vocabulary(path, default=None):
     files = [path, *(path / name for name in names)]
     files = [file for file in files if file.is_file()]
     if not files and default is None:
-        raise UserError(f"{str(path)!r} has no tokenizer: name a tokenizer.json, or the folder of a "
-                        "data set, a model or a run that has its own")
+        raise UserError(f"{str(path)!r} has no tokenizer: name a tokenizer.json, or the folder of "
+                        "a data set, a model or a run that has its own")
     if not files:
         return default
     file = files[0]
