@@ -9,6 +9,7 @@ import signal
 import sys
 import warnings
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -198,6 +199,7 @@ def setup_device(device, dtype, compile, local_rank=0, deterministic=False):
     if compile == "auto":
         compile = device_type == "cuda"
 
+    np.finfo(np.float32), np.finfo(np.float64)  # later, numpy before 2.3 would warn of denormals
     torch.set_flush_denormal(True)  # CPUs are tens of times slower with numbers below 1e-38
     # TF32 for those matrix products that stay in float32
     torch.set_float32_matmul_precision("high" if device_type == "cuda" else "highest")
