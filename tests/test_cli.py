@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from conftest import ROOT, finish, spawn
+from conftest import ROOT
 
 SCRIPTS = ["train.py", "sample.py", "bench.py", "plot.py"]
 SCRIPTS += [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("data/*/prepare.py"))]
@@ -22,8 +22,3 @@ def test_help_and_an_unknown_setting(run, tmp_path, monkeypatch, script):
         run(script, "--tempreture=1")
     assert run.out == "" and os.listdir() == []
     assert run.err.startswith("error: unknown setting 'tempreture'") and run.err.count("\n") == 1
-
-
-def test_prepare_runs_from_any_folder(tmp_path):
-    process = spawn("data/shakespeare_char/prepare.py", "--x=1", cwd=tmp_path)
-    assert finish(process, code=1)[1].startswith("error: unknown setting 'x'")

@@ -40,8 +40,8 @@ def checkout(tmp_path_factory):
 
 
 def start(checkout, name, *arguments):
-    """Starts data/<name>/prepare.py in its own process group."""
-    return spawn(checkout / "data" / name / "prepare.py", *arguments, cwd=checkout,
+    """Starts data/<name>/prepare.py in its own process group, and in another folder."""
+    return spawn(checkout / "data" / name / "prepare.py", *arguments, cwd="/",
                  start_new_session=True)
 
 
@@ -211,7 +211,7 @@ def test_openwebtext_that_is_not_the_known_one_is_refused(
     (signal.SIGKILL, -signal.SIGKILL)])
 def test_openwebtext_ends_with_its_workers_and_keeps_the_old_files(
         checkout, tmp_path, signum, code):
-    rows = [{"text": f"{i} abcdefghijkl" * 1500} for i in range(1600)]
+    rows = [{"text": f"{i} abcdefghijkl" * 1500} for i in range(1000)]
     (tmp_path / "long.jsonl").write_text(jsonl(rows))
     out_dir = tmp_path / "out"
     out_dir.mkdir()

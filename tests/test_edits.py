@@ -220,9 +220,6 @@ def test_a_block_alone_and_its_added_layers_are_initialized(monkeypatch):
     assert_same(dict(loaded.state_dict()), dict(edited.state_dict()))
 
 
-# ---- what an edit may do that the original never does ----
-
-
 def test_parameters_without_a_gradient_in_some_updates_keep_none(copy):
     """Zeros would be decayed, and a resumed run has none."""
     attention = "        x = x + self.attn(self.ln_1(x), cache)\n"
