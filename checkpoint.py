@@ -49,6 +49,7 @@ def save_checkpoint(path, state, **values):
             raise ValueError(f"rename {key!r} in `state`: checkpoints use the name themselves")
         checkpoint[key] = value.state_dict() if hasattr(value, "state_dict") else value
     try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with atomic_write(path) as file:
             torch.save(checkpoint, file)
             file.flush()
@@ -212,8 +213,10 @@ def read_huggingface(source):
         for key, value in ARCHITECTURE.items():
             if config.get(key, value) != value:
                 raise ValueError(f"{key} is {config[key]!r}, not {value!r} as in OpenAI's GPT-2")
-        paths = glob.glob(os.path.join(glob.escape(source), "model*.safetensors"))  # a large one's
-        for path in paths or [find_file(source, "model.safetensors")]:
+        paths = glob.glob(os.path.join(glob.escape(source), "model-*-of-*.safetensors"))
+        if not paths or os.path.exists(os.path.join(source, "model.safetensors")):
+            paths = [find_file(source, "model.safetensors")]
+        for path in paths:
             for name, tensor in load_file(path).items():
                 name = "transformer." + name.removeprefix("transformer.")
                 is_mask = name.endswith((".attn.bias", ".attn.masked_bias"))
@@ -258,7 +261,7 @@ def write_huggingface(model_args, weights, folder):
         raise UserError("only a GPT-2 can be exported; what differs is "
                         + ", ".join(different or ["lm_head, which is not tied to transformer.wte"]))
 
-    vocab_size = min(V, GPT2_VOCAB_SIZE)
+    vocab_size = GPT2_VOCAB_SIZE if V == 50304 else V
     tensors = {}
     for layer, shape in shapes.items():
         weight = weights[layer + ".weight"].float().cpu()

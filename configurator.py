@@ -81,7 +81,7 @@ def configure(settings, paths=None):
 def plain_values(names):
     """Those of a module's globals that are settings, or look like them."""
     return {key: value for key, value in names.items()
-            if isinstance(value, PLAIN_TYPES) and not key.startswith("_")}
+            if type(value) in PLAIN_TYPES and not key.startswith("_")}
 
 
 def prepare_streams():
@@ -202,3 +202,8 @@ def excepthook(kind, error, trace):
     elif peer_lost and isinstance(error, RuntimeError) and "RANK" in os.environ:
         text = f"error: cannot reach the other processes; see their errors ({message})"
     print(printable(text), file=sys.stderr)
+
+
+if __name__ == "__main__":  # exec'd by a script, as nanoGPT's scripts do
+    sys.exit("error: import the configurator instead: from configurator import configure, "
+             "then config = configure(globals()) below the settings")

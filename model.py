@@ -62,18 +62,22 @@ def embedding(num_ids, n_embd):
 
 
 class KVCache:
-    """Keys and values of one layer for the tokens so far."""
+    """Keys and values of one layer for the tokens so far, in buffers for `capacity` tokens."""
 
-    def __init__(self):
+    def __init__(self, capacity):
+        self.capacity = capacity
         self.length = 0
 
     def append(self, k, v):
         """Adds k, v (B, nh, T, hs) and returns all keys and values, each (B, nh, length, hs)."""
-        if self.length > 0:
-            k, v = torch.cat([self.k, k], dim=2), torch.cat([self.v, v], dim=2)
-        self.k, self.v = k, v
-        self.length = k.size(2)
-        return k, v
+        B, nh, T, hs = k.shape
+        if self.length == 0:
+            self.k = k.new_empty(B, nh, self.capacity, hs)
+            self.v = v.new_empty(B, nh, self.capacity, hs)
+        start, self.length = self.length, self.length + T
+        self.k[:, :, start:self.length] = k
+        self.v[:, :, start:self.length] = v
+        return self.k[:, :, :self.length], self.v[:, :, :self.length]
 
 
 def causal_attention(q, k, v, dropout):
@@ -255,13 +259,14 @@ class GPT(nn.Module):
         if idx.size(1) == 0:
             raise UserError("the prompt (start) is empty: give at least one token")
         block_size = self.config.block_size
-        caches = [KVCache() for _ in self.transformer.h]
+        capacity = min(block_size, idx.size(1) + max_new_tokens)
+        caches = [KVCache(capacity) for _ in self.transformer.h]
         context = idx[:, -block_size:]  # the latest tokens
         new_tokens = context  # those that the caches do not have yet
         for _ in range(max_new_tokens):
             if max(cache.length for cache in caches) + new_tokens.size(1) > block_size:
                 new_tokens = context[:, -max(1, block_size // 2):]
-                caches = [KVCache() for _ in self.transformer.h]
+                caches = [KVCache(capacity) for _ in self.transformer.h]
             logits = self(new_tokens, caches=caches)[0][:, -1, :vocab_limit].float()  # (B, V)
             new_tokens = sample_token(logits, temperature, top_k, top_p)  # (B, 1)
             yield new_tokens
@@ -280,7 +285,7 @@ class GPT(nn.Module):
         A model of this shape with a float32 copy of `weights`. Fields of GPTConfig that
         `model_args` lacks take their defaults, with a note. UserError for what does not fit.
         """
-        fields = vars(GPTConfig())
+        fields = dataclasses.asdict(GPTConfig())
         for name in model_args.keys() - fields:
             raise UserError(f"the model has {name}={model_args[name]!r}, and GPTConfig has no such "
                             "field: use the model.py that it was trained with")

@@ -59,6 +59,8 @@ def init_processes(rank, world_size, backend, device_type):
     check_choice("backend", backend, backends)
     store = None
     if world_size > 1:
+        # The waits below are in C++, where Python cannot answer Ctrl-C: let it end the process.
+        handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
         store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
         # note: torchrun's store survives a restart of the workers, and with it the addresses of
         # the dead ones. So every attempt gets its own names in the store.
@@ -66,6 +68,7 @@ def init_processes(rank, world_size, backend, device_type):
         store = dist.PrefixStore(f"attempt{attempt}", store)
         dist.init_process_group(backend, rank=rank, world_size=world_size, store=store,
                                 timeout=TIMEOUT)
+        signal.signal(signal.SIGINT, handler)
     return backend
 
 
@@ -165,7 +168,10 @@ def call_after_error(function):
         with contextlib.suppress(OSError):  # nobody may read stderr any more
             print_error(kind, error, trace)
         if kind is not KeyboardInterrupt:
-            function()
+            try:
+                function()
+            except Exception as another:
+                print_error(type(another), another, another.__traceback__)
     sys.excepthook = print_and_call
     atexit.register(function)
 

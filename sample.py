@@ -64,7 +64,8 @@ else:  # nanoGPT's checkpoints leave the characters in the data folder
 
 if export:
     model.save_pretrained(export)
-    Path(export, "tokenizer.json").unlink(missing_ok=True)  # of another export
+    for name in ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"):
+        Path(export, name).unlink(missing_ok=True)  # of another export
     for name, content in export_files(tokenizer, model.config.block_size).items():
         Path(export, name).write_bytes(content)
     print(f"wrote {', '.join(sorted(os.listdir(export)))} to {export}")
@@ -78,7 +79,8 @@ if compile:
 
 if start.startswith("FILE:"):
     path = start.removeprefix("FILE:")
-    with open(0 if path == "-" else os.path.expanduser(path), encoding="utf-8-sig") as file:
+    with open(0 if path == "-" else os.path.expanduser(path), encoding="utf-8-sig",
+              errors="replace") as file:
         start = file.read()
 ids = encode(start)
 if not ids and end_token is not None:

@@ -12,6 +12,7 @@ import configurator
 configurator.set_environment()  # before torch is imported
 
 import csv
+import dataclasses
 import datetime
 import math
 import os
@@ -87,6 +88,9 @@ config = configure(globals())
 rank, local_rank, world_size = runtime.process_ranks()
 master_process = rank == 0  # the one that prints, logs and saves
 
+run_lock = None
+if master_process and not eval_only and os.path.isdir(out_dir):
+    run_lock = common.lock_folder(out_dir)  # before the checkpoint is read
 checkpoint = None
 if init_from in ("resume", "auto"):
     checkpoint = read_checkpoint(out_dir, required=init_from == "resume")
@@ -115,11 +119,11 @@ backend = runtime.init_processes(rank, world_size, backend, device_type)
 # ---- data ----
 
 TRAIN, EVAL_TRAIN, EVAL_VAL, MODEL = range(4)  # streams of random bits
-vocabulary = vocab.read_vocabulary(common.dataset_folder(dataset), vocab.GPT2)
 token_files, num_tokens = {}, {}  # by split
 for split in ("train", "val"):
     # Keep the files open, so that rerunning prepare.py cannot change this run.
     token_files[split], num_tokens[split] = common.open_tokens(dataset, split, block_size)
+vocabulary = vocab.read_vocabulary(common.dataset_folder(dataset))
 data_fingerprint = common.fingerprint(dataset)
 num_eval_sequences = eval_iters * batch_size  # of each split
 if eval_iters == 0:
@@ -177,19 +181,22 @@ if checkpoint:
     model = GPT.from_state(model_args, checkpoint["model"])
 elif init_from in ("scratch", "auto"):
     vocab_size = vocabulary["vocab_size"]
-    if vocab_size == 50257:
+    if vocabulary == vocab.GPT2:
         vocab_size = 50304  # a multiple of 64, for speed
     model_args = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size,
                       bias=bias, vocab_size=vocab_size, dropout=dropout)
     model = GPT(GPTConfig(**model_args))
     tokenizer = vocabulary["tokenizer"]
 else:
-    model = load_model(init_from, out_dir, dropout=dropout)[0]
-    tokenizer = vocab.read_vocabulary(init_from, vocab.UNKNOWN)["tokenizer"]
+    model, other_run = load_model(init_from, out_dir, dropout=dropout)
+    if other_run:
+        tokenizer = vocab.run_tokenizer(other_run)
+    else:
+        tokenizer = vocab.read_vocabulary(init_from, vocab.UNKNOWN)["tokenizer"]
     model.train().crop_block_size(block_size)
 model.to(device)
 model.gradient_checkpointing = gradient_checkpointing
-model_args = vars(model.config)
+model_args = dataclasses.asdict(model.config)
 config.update(model_args, device=device, dtype=dtype, compile=compile, backend=backend)
 vocab.check_vocabulary(dataset, vocabulary, model.config.vocab_size, tokenizer)
 
@@ -318,8 +325,8 @@ def save(name, on_any_process=False):
 
 def save_after_error():
     """Writes last.pt when an error has ended the loop, so that no finished update is lost."""
-    is_consistent = not updating and skipped_in_a_row == 0
-    if is_consistent and state["iter_num"] not in (0, saved_iter):
+    is_good = not updating and is_finite and skipped_in_a_row == 0
+    if is_good and state["iter_num"] not in (0, saved_iter):
         for buffer, old in zip(model.buffers(), buffers, strict=True):
             buffer.copy_(old)
         save("last.pt", on_any_process=True)  # rank 0 may be stuck
@@ -328,6 +335,7 @@ def save_after_error():
 
 updating = False  # the weights are being changed: they belong to no iteration
 buffers = []  # copies from before the update under way: a forward pass may change them
+is_finite = True  # the latest val loss
 skipped_in_a_row = 0  # updates that were not finite; nothing is saved while they go on
 num_params = model.get_num_params(non_embedding=False) / 1e6
 print(f"{num_params:.2f}M parameters, {tokens_per_iter:,} tokens per iteration, {world_size} x "
@@ -343,7 +351,7 @@ if not eval_only:
         state["wandb_id"] = wandb_run.id
     state["wandb_id"] = runtime.broadcast(state["wandb_id"])
     if master_process:
-        run_lock = common.lock_folder(out_dir)
+        run_lock = run_lock or common.lock_folder(out_dir)
         if saved_iter is None:
             back_up(out_dir)
         trim_log(log_path, COLUMNS, state["iter_num"])
@@ -380,13 +388,14 @@ while True:
             break
         # An equal loss is that of a resumed run, whose ckpt.pt an error may have prevented.
         is_best = skipped_in_a_row == 0 and losses["val"] <= state["best_val_loss"]
-        is_finite = skipped_in_a_row == 0 and math.isfinite(losses["val"])
+        is_finite = math.isfinite(losses["val"])
+        is_good = is_finite and skipped_in_a_row == 0
         if is_best:
             state["best_val_loss"] = losses["val"]
         if is_best and iter_num > 0:
             save("ckpt.pt")
             line += ", saved ckpt.pt"
-        elif always_save_checkpoint and is_finite and iter_num > 0 and saved_iter != iter_num:
+        elif always_save_checkpoint and is_good and iter_num > 0 and saved_iter != iter_num:
             save("last.pt")
             line += ", saved last.pt"
         print(line)
@@ -440,9 +449,9 @@ while True:
         if iter_num > first_iter:  # the first update is a slow one
             eta = datetime.timedelta(seconds=int((max_iters - iter_num - 1) * dt))
             line += f", {eta} left"
-        print(line)
         log_metrics(iter=iter_num, loss=loss, lr=lr, grad_norm=grad_norm,
                     tokens_per_s=tokens_per_s, time_ms=dt * 1000, mfu=mfu)
+        print(line)
 
     # ---- the update: an error in here leaves weights that belong to no iteration ----
     updating = True
@@ -461,7 +470,7 @@ while True:
     updating = False
     # ---- to here ----
     model.zero_grad()
-    if skipped_in_a_row == 25:  # float16's scaler skips up to 17 to find its scale
+    if skipped_in_a_row == 25 and master_process:  # float16 skips up to 17 to find its scale
         raise UserError(f"loss or gradient is not finite at iteration {iter_num}; to go on from "
                         f"iteration {saved_iter or 0}: {resume_command}, with a lower "
                         "learning_rate, another dtype or --compile=False")
@@ -470,10 +479,9 @@ while True:
 
 # ---- the end ----
 
-exit_code = 0
+exit_code = 0 if is_finite else 1
 if not eval_only:
-    is_worth_saving = skipped_in_a_row == 0 and (stopping or is_finite)
-    if is_worth_saving and saved_iter != state["iter_num"]:
+    if is_finite and skipped_in_a_row == 0 and saved_iter != state["iter_num"]:
         save("last.pt")
     best = f"best val loss {state['best_val_loss']:.4f}, " if state["best_val_loss"] < 1e9 else ""
     print(f"{best}time {datetime.timedelta(seconds=int(time.perf_counter() - start_time))}")

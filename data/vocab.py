@@ -84,6 +84,8 @@ def read_vocabulary(path, default=None):
     names = ("tokenizer.json", "meta.pkl", "ckpt.pt", "last.pt")
     files = [path, *(path / name for name in names)]
     files = [file for file in files if file.is_file()]
+    if not files and ((path / "train.bin").exists() or (path / "merges.txt").exists()):
+        return GPT2  # a data set, or an exported model
     if not files and default is None:
         raise UserError(f"{str(path)!r} has no tokenizer: name a tokenizer.json, or the folder of "
                         "a data set, a model or a run that has its own")
@@ -94,8 +96,8 @@ def read_vocabulary(path, default=None):
         if file.suffix == ".pkl":
             meta = PlainUnpickler(open(file, "rb")).load()
             itos = {int(i): str(character) for i, character in meta.get("itos", {}).items()}
-            unknown = dict(vocab_size=int(meta["vocab_size"]), tokenizer=None)
-            return characters(itos) if itos else unknown
+            tokenizer = characters(itos)["tokenizer"] if itos else None
+            return dict(vocab_size=int(meta["vocab_size"]), tokenizer=tokenizer)
         if file.suffix == ".pt":
             import torch
             run = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
@@ -211,12 +213,15 @@ def make_tokenizer(tokenizer, vocab_size):
         from tokenizers import Tokenizer
         model = Tokenizer.from_str(tokenizer)
 
+        stoi = stoi_of(tokenizer)
+
         def encode(text):
-            try:
+            if stoi is None:
                 return [i for piece in pieces(text) for i in model.encode(piece).ids]
-            except Exception:
-                missing = next(c for c in text if model.token_to_id(c) is None)
-                raise UserError(f"no token for the character {missing!r}; leave it out") from None
+            try:
+                return [stoi[character] for character in text]
+            except KeyError as error:
+                raise UserError(f"no token for the character {error}; leave it out") from None
 
         decode = functools.partial(model.decode, skip_special_tokens=False)
         num_ids, end_token = max(model.get_vocab().values()) + 1, model.token_to_id(END_OF_TEXT)

@@ -100,7 +100,7 @@ def check_sampling():
         context = torch.cat([context, next_tokens], dim=1)
         tokens = torch.cat([tokens, next_tokens], dim=1)
     assert torch.equal(sampled, tokens)
-    caches = [KVCache() for _ in gpt.transformer.h]
+    caches = [KVCache(8) for _ in gpt.transformer.h]
     logits = [gpt(tokens[:, [t]], caches=caches)[0] for t in range(8)]
     torch.testing.assert_close(torch.cat(logits, dim=1), gpt(tokens[:, :8])[0])
     run_script("sample.py", ["--out_dir=b", "--max_new_tokens=20", "--num_samples=1"])

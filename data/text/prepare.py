@@ -29,7 +29,9 @@ val_frac = 0.1  # fraction of the characters, at the end, held out for validatio
 out_dir = str(HERE)  # where train.bin and val.bin go
 
 paths = []  # from the command line
-check_ranges(configure(globals(), paths=paths), "vocab_size", 257, 65536)
+config = configure(globals(), paths=paths)
+check_ranges(config, "vocab_size", 257, 65536)
+check_ranges(config, "val_frac", 0, 1)
 
 
 def find_files(path):
