@@ -407,12 +407,13 @@ def test_vocabularies_come_from_meta_or_are_gpt2s(tmp_path):
     itos = dict(enumerate("ehlo"))
     for meta, expected in (
         ({"vocab_size": 4, "itos": itos}, vocab.characters(itos)),
-        ({"vocab_size": 4}, dict(vocab_size=4, tokenizer=None)),  # of an unknown tokenizer
+        ({"vocab_size": 64, "itos": itos}, vocab.characters(itos) | dict(vocab_size=64)),
+        ({"vocab_size": 50257}, dict(vocab_size=50257, tokenizer=None)),  # an unknown tokenizer
     ):
         (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
-        assert vocab.read_vocabulary(tmp_path, vocab.GPT2) == expected
-    (tmp_path / "meta.pkl").unlink()
-    assert vocab.read_vocabulary(tmp_path, vocab.GPT2) == vocab.GPT2
+        assert vocab.read_vocabulary(tmp_path) == expected
+    (tmp_path / "meta.pkl").rename(tmp_path / "train.bin")
+    assert vocab.read_vocabulary(tmp_path) == vocab.GPT2
 
 
 @pytest.mark.parametrize("content, named", [

@@ -72,9 +72,10 @@ def test_a_checkpoint_carries_its_tokens(run, tmp_path, prepared, out_dir):
     run("sample.py", f"--init_from={out_dir}", *arguments)
     assert run.out == first
     (tmp_path / "new.txt").write_text(TEXT[::-1], encoding="utf-8")
-    run("data/text/prepare.py", tmp_path / "new.txt", f"--tokens={out_dir}",
-        f"--out_dir={prepared}")
-    assert vocab.read_vocabulary(prepared, vocab.GPT2) == vocabulary
+    for folder in (out_dir, prepared):
+        run("data/text/prepare.py", tmp_path / "new.txt", f"--tokens={folder}",
+            f"--out_dir={prepared}")
+        assert vocab.read_vocabulary(prepared) == vocabulary
 
 
 def test_a_run_starts_from_another_one(train, run, tmp_path, prepared, out_dir):
