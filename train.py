@@ -243,10 +243,10 @@ if world_size > 1 and not eval_only:
 def estimate_loss():
     """{'train': loss, 'val': loss}, means over the same batches each time; None after a signal."""
     num_batches = math.ceil(num_eval_sequences / batch_size)
-    results = torch.zeros(2 * num_batches + 1, device=device)  # train, val, stop flag
+    results = torch.zeros(3, num_batches, device=device)  # losses on train, on val, stop flag
     compiled_model.eval()
     runtime.sync_buffers(model)
-    for split, stream, start in (("train", EVAL_TRAIN, 0), ("val", EVAL_VAL, num_batches)):
+    for row, (split, stream) in enumerate([("train", EVAL_TRAIN), ("val", EVAL_VAL)]):
         my_batches = range(rank, num_batches, world_size)
         for k in tqdm(my_batches, f"evaluating on {split}", leave=False, delay=2, disable=None):
             if runtime.stop_requested():
@@ -262,16 +262,13 @@ def estimate_loss():
             seed_torch(stream, k)
             with autocast:
                 _, loss = compiled_model(x, y)
-            results[start + k] = loss * (y >= 0).float().mean()  # a short batch counts for less
+            results[row, k] = loss * (y >= 0).float().mean()  # a short batch counts for less
     compiled_model.train()
-    results[-1] = float(runtime.stop_requested())
+    results[2] = float(runtime.stop_requested())
     # A batch has its loss from one process and zeros from the others: no sum depends on how many.
-    *losses, stop_flag = runtime.all_reduce_sum(results).tolist()
-    if stop_flag > 0:
-        return None
-    num_full_batches = num_eval_sequences / batch_size
-    return {"train": sum(losses[:num_batches]) / num_full_batches,
-            "val": sum(losses[num_batches:]) / num_full_batches}
+    sums = runtime.all_reduce_sum(results).cpu().double().sum(dim=1)
+    train_loss, val_loss, stop_flag = (sums / (num_eval_sequences / batch_size)).tolist()
+    return None if stop_flag > 0 else {"train": train_loss, "val": val_loss}
 
 
 def get_lr(iteration):
