@@ -198,9 +198,8 @@ class GPT(nn.Module):
 
     def estimate_mfu(self, fwdbwd_per_iter, dt):
         """
-        Model FLOPs utilization (Chowdhery et al. 2022, PaLM, appendix B): the model's FLOP/s as a
-        fraction of the device's peak, if `fwdbwd_per_iter` sequences take `dt` seconds forward and
-        backward. nan if the peak is not known.
+        Model FLOPs utilization (Chowdhery et al. 2022, PaLM, appendix B): the fraction of the
+        device's peak, if `fwdbwd_per_iter` sequences take `dt` seconds. nan if it is not known.
         """
         config = self.config
         attention = 12 * config.n_layer * config.n_embd * config.block_size
@@ -256,8 +255,6 @@ class GPT(nn.Module):
         tokens equal those of the plain forward pass. When the context of block_size is full, its
         later half is read again as a new context, about every block_size / 2 tokens.
         """
-        if idx.size(1) == 0:
-            raise UserError("the prompt (start) is empty: give at least one token")
         block_size = self.config.block_size
         capacity = min(block_size, idx.size(1) + max_new_tokens)
         caches = [KVCache(capacity) for _ in self.transformer.h]
@@ -340,10 +337,8 @@ def load_model(init_from, out_dir, **override_args):
     (model in evaluation mode, checkpoint) of the run in `out_dir` if `init_from` is 'resume', or
     in the folder `init_from`. (pretrained model, None) for what is no run.
     """
-    if init_from == "resume":
-        checkpoint = read_checkpoint(out_dir, best=True, required=True)
-    else:
-        checkpoint = read_checkpoint(init_from, best=True)
+    is_own = init_from == "resume"
+    checkpoint = read_checkpoint(out_dir if is_own else init_from, best=True, required=is_own)
     if checkpoint:
         model_args = checkpoint["model_args"] | override_args
         return GPT.from_state(model_args, checkpoint["model"]).eval(), checkpoint

@@ -83,8 +83,9 @@ if start.startswith("FILE:"):
               errors="replace") as file:
         start = file.read()
 ids = encode(start)
-if not ids and end_token is not None:
-    ids = [end_token]
+if not ids and end_token is None:
+    raise UserError("the prompt is empty: give --start=TEXT")
+ids = ids or [end_token]
 prompt = torch.tensor([ids], device=device).expand(num_samples, -1)  # (B, T)
 
 if hasattr(signal, "SIGPIPE"):  # Windows has none

@@ -127,7 +127,7 @@ def test_long_and_empty_prompts(sample, sample_gpt2):
 
 
 @pytest.mark.parametrize("argument, named", [
-    ("--start=Q", "the character 'Q'"), ("--start=", "(start) is empty"),
+    ("--start=Q", "the character 'Q'"), ("--start=", "the prompt is empty"),
     ("--start=FILE:nowhere.txt", "nowhere.txt"), ("--temperature=-1.0", "temperature=-1.0"),
     ("--top_p=0.0", "top_p=0.0"), ("--top_k=-1", "top_k=-1"), ("--num_samples=0", "num_samples=0"),
     ("--out_dir=nowhere", "no ckpt.pt in out_dir='nowhere'"), ("--init_from=gpt3", "'gpt3'"),
