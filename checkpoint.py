@@ -43,11 +43,10 @@ def save_checkpoint(path, state, **values):
     Writes `state`, a dict of plain values and things with a state_dict, and `values` atomically.
     Raises UserError if the disk is full or not writable.
     """
-    checkpoint = dict(values, version=VERSION, torch_version=str(torch.__version__))
-    for key, value in state.items():
-        if key in checkpoint:
-            raise ValueError(f"rename {key!r} in `state`: checkpoints use the name themselves")
-        checkpoint[key] = value.state_dict() if hasattr(value, "state_dict") else value
+    contents = {key: value.state_dict() if hasattr(value, "state_dict") else value
+                for key, value in state.items()}
+    # A name that is used twice is a TypeError.
+    checkpoint = dict(**contents, **values, version=VERSION, torch_version=str(torch.__version__))
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with atomic_write(path) as file:
@@ -73,21 +72,18 @@ def load_checkpoint(path):
         if damaged:  # torch.load does not check
             raise ValueError(f"checksum mismatch in {damaged}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        best_val_loss = float(checkpoint["best_val_loss"])  # nanoGPT's may be a tensor, or nan
-        checkpoint["best_val_loss"] = min(1e9, best_val_loss)
-        is_nanogpts = "version" not in checkpoint
-        weights = checkpoint["model"].items()
-        checkpoint["model"] = {
-            name.removeprefix("_orig_mod."): p for name, p in weights
-            if not (is_nanogpts and name.endswith(".attn.bias"))}  # a causal mask
-        if is_nanogpts:  # CPU runs store a float16 that they do not use
+        weights = {name.removeprefix("_orig_mod."): p for name, p in checkpoint["model"].items()}
+        if "version" not in checkpoint:  # nanoGPT's
+            # without causal masks, and without the dtype, which a CPU does not use
+            weights = {name: p for name, p in weights.items() if not name.endswith(".attn.bias")}
             checkpoint["config"].pop("dtype", None)
+        checkpoint["model"] = weights
+        # a tensor in nanoGPT's, or nan
+        checkpoint["best_val_loss"] = min(1e9, float(checkpoint["best_val_loss"]))
         nanogpt_lacks = dict(scaler={}, wandb_id=None, tokenizer=None, data=None)
         return nanogpt_lacks | checkpoint
     except Exception as error:  # a damaged file can raise anything
-        cause = " ".join(str(error).split())[:500]
-        raise UserError(f"cannot use the checkpoint {path!r}: {type(error).__name__}: {cause}"
-                        ) from None
+        raise UserError(f"cannot use the checkpoint {path!r}: {error!r}") from None
 
 
 def read_checkpoint(out_dir, best=False, required=False):
