@@ -186,7 +186,6 @@ def trim_log(path, columns, iter_num):
 HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 TRANSPOSED = ("c_attn", "c_proj", "c_fc")  # weights are (in, out) there, (out, in) here
 
-DEFAULTS = dict(n_layer=12, n_head=12, n_embd=768, vocab_size=GPT2_VOCAB_SIZE, n_positions=1024)
 ARCHITECTURE = dict(  # what is the same in all of OpenAI's config.json
     model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5, n_inner=None,
     scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False,
@@ -204,14 +203,21 @@ def read_huggingface(source):
     from safetensors.torch import load_file
     weights = {}
     try:
-        with open(find_file(source, "config.json"), encoding="utf-8") as file:
-            config = DEFAULTS | json.load(file)
+        folder = source
+        if source in HUB_NAMES and not os.path.isdir(source):
+            from huggingface_hub import snapshot_download
+            folder = snapshot_download(f"openai-community/{source}",
+                                       allow_patterns=["config.json", "model.safetensors"])
+        with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+            config = json.load(file)
         for key, value in ARCHITECTURE.items():
             if config.get(key, value) != value:
                 raise ValueError(f"{key} is {config[key]!r}, not {value!r} as in OpenAI's GPT-2")
-        paths = glob.glob(os.path.join(glob.escape(source), "model-*-of-*.safetensors"))
-        if not paths or os.path.exists(os.path.join(source, "model.safetensors")):
-            paths = [find_file(source, "model.safetensors")]
+        sizes = {key: config[key] for key in ("n_layer", "n_head", "n_embd", "vocab_size")}
+        model_args = dict(sizes, block_size=config["n_positions"], bias=True, dropout=0.0)
+        paths = [os.path.join(folder, "model.safetensors")]
+        if not os.path.exists(paths[0]):  # a large model is in several files
+            paths = glob.glob(os.path.join(glob.escape(folder), "model-*-of-*.safetensors"))
         for path in paths:
             for name, tensor in load_file(path).items():
                 name = "transformer." + name.removeprefix("transformer.")
@@ -222,19 +228,9 @@ def read_huggingface(source):
                     weights[name] = tensor
         weights["lm_head.weight"] = weights["transformer.wte.weight"]
     except Exception as error:  # offline, missing, damaged: many kinds
-        cause = " ".join(str(error).split())[:500]
-        raise UserError(f"cannot read a GPT-2 from {source!r}: {type(error).__name__}: {cause}"
-                        ) from None
-    model_args = {key: config[key] for key in ("n_layer", "n_head", "n_embd", "vocab_size")}
-    return dict(model_args, block_size=config["n_positions"], bias=True, dropout=0.0), weights
-
-
-def find_file(source, name):
-    """The path of a model's file: in the folder `source`, or downloaded to the hub's cache."""
-    if os.path.isdir(source):
-        return os.path.join(source, name)
-    from huggingface_hub import hf_hub_download
-    return hf_hub_download(f"openai-community/{source}", name)
+        cause = f"{type(error).__name__}: {error}"
+        raise UserError(f"cannot read a GPT-2 from {source!r}: {cause}") from None
+    return model_args, weights
 
 
 def write_huggingface(model_args, weights, folder):
