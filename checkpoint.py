@@ -254,17 +254,18 @@ def write_huggingface(model_args, weights, folder):
                         + ", ".join(different or ["lm_head, which is not tied to transformer.wte"]))
 
     vocab_size = GPT2_VOCAB_SIZE if V == 50304 else V
+    del shapes["lm_head"]  # tied
     tensors = {}
     for layer, shape in shapes.items():
         weight = weights[layer + ".weight"].float().cpu()
+        if layer.endswith(TRANSPOSED):
+            weight = weight.t()
         if layer == "transformer.wte":
             weight = weight[:vocab_size]
-        elif layer not in ("transformer.wpe", "lm_head"):
+        elif layer != "transformer.wpe":
             bias = weights.get(layer + ".bias", torch.zeros(shape[0]))
             tensors[layer + ".bias"] = bias.float().cpu()
-        is_transposed = layer.endswith(TRANSPOSED)
-        tensors[layer + ".weight"] = (weight.t() if is_transposed else weight).contiguous()
-    del tensors["lm_head.weight"]  # tied
+        tensors[layer + ".weight"] = weight.contiguous()
     end_token = vocab_size - 1 if vocab_size == GPT2_VOCAB_SIZE else None
     special = dict(bos_token_id=end_token, eos_token_id=end_token)
     dropout = model_args["dropout"]
