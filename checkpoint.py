@@ -137,12 +137,11 @@ def load_optimizer(optimizer, saved):
         optimizer.load_state_dict(dict(own, state=saved["state"]))
         for p, values in optimizer.state.items():
             for key, value in values.items():
-                if not isinstance(value, torch.Tensor):
-                    continue
-                # Fused kernels write as if a state was contiguous and had the shape of p, and a
-                # file may say otherwise.
-                values[key] = value.clone(memory_format=torch.contiguous_format)
-                if optimizer.defaults.get("fused") and key != "step" and value.shape != p.shape:
+                # Fused kernels assume contiguous states of the shape of p.
+                if isinstance(value, torch.Tensor):
+                    values[key] = value.clone(memory_format=torch.contiguous_format)
+                is_moment = key != "step" and optimizer.defaults.get("fused")
+                if is_moment and value.shape != p.shape:
                     raise ValueError(f"{key} has shape {list(value.shape)}")
     except Exception as error:  # of another optimizer, or made by hand
         raise UserError(f"the optimizer state of the checkpoint does not fit ({error!r}): resume "
@@ -236,7 +235,7 @@ def read_huggingface(source):
 def write_huggingface(model_args, weights, folder):
     """
     Writes a model for transformers, without the padding of the vocabulary and with zeros for
-    missing biases. Raises UserError if it is no GPT-2, or cannot be written.
+    missing biases. Raises UserError if it is no GPT-2.
     """
     from safetensors.torch import save_file
     C, V, T = model_args["n_embd"], model_args["vocab_size"], model_args["block_size"]
@@ -276,13 +275,10 @@ def write_huggingface(model_args, weights, folder):
         **special)
     # transformers' pipeline adds 256 tokens by default
     generation_config = special | (dict(max_length=T) if T <= 512 else {})
-    try:
-        os.makedirs(folder, exist_ok=True)
-        path = os.path.join(folder, "model.safetensors")
-        save_file(tensors, path, metadata={"format": "pt"})
-        os.chmod(path, 0o644)  # safetensors lets nobody else read it
-        for name, content in (("config", config), ("generation_config", generation_config)):
-            with open(os.path.join(folder, name + ".json"), "w", encoding="utf-8") as file:
-                json.dump(content, file, indent=2)
-    except Exception as error:  # safetensors has its own kind of exception
-        raise UserError(f"cannot write a model to {folder!r}: {error}") from None
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, "model.safetensors")
+    save_file(tensors, path, metadata={"format": "pt"})
+    os.chmod(path, 0o644)  # safetensors lets nobody else read it
+    for name, content in (("config", config), ("generation_config", generation_config)):
+        with open(os.path.join(folder, name + ".json"), "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=2)
