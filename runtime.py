@@ -54,16 +54,14 @@ def process_ranks():
 def init_processes(rank, world_size, backend, device_type):
     """Connects the processes and returns the backend: 'auto' is 'nccl' on GPUs, else 'gloo'."""
     global store
-    backends = ("nccl", "gloo") if device_type == "cuda" else ("gloo",)
-    backend = backends[0] if backend == "auto" else backend
-    check_choice("backend", backend, backends)
-    store = None
+    if backend == "auto":
+        backend = "nccl" if device_type == "cuda" else "gloo"
     if world_size > 1:
         # The waits below are in C++, where Python cannot answer Ctrl-C: let it end the process.
         handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
         store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
-        # note: torchrun's store survives a restart of the workers, and with it the addresses of
-        # the dead ones. So every attempt gets its own names in the store.
+        # note: torchrun's store survives a restart, and with it the addresses of dead workers. So
+        # every attempt gets its own names in it.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
         store = dist.PrefixStore(f"attempt{attempt}", store)
         dist.init_process_group(backend, rank=rank, world_size=world_size, store=store,
@@ -270,11 +268,9 @@ def compiler_works(device):
 
 
 def make_autocast(device, dtype, cache_enabled=True):
-    """The context of the forward pass: torch.autocast, or nothing for float32."""
-    if dtype == "float32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.split(":")[0], dtype=getattr(torch, dtype),
-                          cache_enabled=cache_enabled)
+    """torch.autocast for the forward pass; it does nothing for float32."""
+    return torch.autocast(device.split(":")[0], getattr(torch, dtype), dtype != "float32",
+                          cache_enabled)
 
 
 def synchronize(device):

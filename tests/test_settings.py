@@ -26,7 +26,6 @@ MISTAKES = {
     "--device=tpu": "'tpu'",
     "--dtype=fp32": "'fp32'",
     "--compile=maybe": "'maybe'",
-    "--backend=mpi": "'mpi'",
 }
 
 
