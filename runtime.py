@@ -239,10 +239,8 @@ def choose_device(device, local_rank):
         if device.startswith("cuda"):
             torch.cuda.set_device(device)
     except Exception as error:  # of many kinds
-        cause = str(error).split("\n")[0][:200]
-        raise UserError(f"torch cannot use device={device!r} here; choose another --device, such "
-                        "as cpu, start fewer processes, or install another build of torch "
-                        f"({cause})") from None
+        raise UserError(f"torch cannot use device={device!r} here; choose another --device, start "
+                        f"fewer processes, or install another build of torch ({error})") from None
     return device
 
 
@@ -261,8 +259,7 @@ def compiler_works(device):
         x = torch.ones(8, device=device, requires_grad=True)
         torch.compile(lambda x: x.sin().sum())(x).backward()
     except Exception as error:  # a missing compiler can raise anything
-        cause = " ".join(str(error).split())
-        print(f"torch.compile fails here, continuing without it: {cause}", file=sys.stderr)
+        print(f"torch.compile fails here, continuing without it: {error!r}", file=sys.stderr)
         return False
     return True
 

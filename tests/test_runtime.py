@@ -78,7 +78,7 @@ def test_a_gpu_that_torch_has_no_kernels_for_is_refused(monkeypatch, environment
     gpus(1)
     environment()
     monkeypatch.setattr(torch, "zeros", fails)
-    with pytest.raises(ValueError, match="another build of torch .*no kernel image [^\n]*$"):
+    with pytest.raises(ValueError, match="another build of torch .*no kernel image"):
         choose_device("auto", 0)
 
 
@@ -120,7 +120,8 @@ def test_compiler_that_fails_is_named_in_one_line(monkeypatch, capsys, compiled,
     assert compiler_works("cpu") == works
     err = capsys.readouterr().err
     assert err.count("\n") == (not works)
-    assert ("torch.compile fails here, continuing without it: no C++ compiler" in err) != works
+    named = "torch.compile fails here, continuing without it: RuntimeError('no C++ compiler"
+    assert (named in err) != works
 
 
 @pytest.mark.parametrize("name, teraflops", [
