@@ -14,9 +14,7 @@ import math
 import numbers
 import os
 import re
-import reprlib
 import sys
-import tokenize
 import traceback
 
 PLAIN_TYPES = (bool, int, float, str)
@@ -31,9 +29,8 @@ class UserError(ValueError):
 
 def set_environment():
     """Sets variables that torch and tqdm read when imported, unless the user has set them."""
-    if "OMP_WAIT_POLICY" not in os.environ:
-        # threads that spin at OpenMP's barriers would slow a run many times beside a busy process
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    # Threads that spin at OpenMP's barriers would slow a run many times beside a busy process.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     if "WORLD_SIZE" in os.environ:  # DDP warns of find_unused_parameters, which runtime.py wants
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if os.environ.get("RANK", "0") != "0":
@@ -47,7 +44,11 @@ def configure(settings, paths=None):
     `paths` collects the arguments that are not options, which are then no config files.
     """
     sys.excepthook = excepthook
-    prepare_streams()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not in a notebook, nor after 2>&-
+            # Any text can be printed: replaced on a terminal, UTF-8 in files and pipes.
+            encoding = None if stream.isatty() else "utf-8"
+            stream.reconfigure(encoding=encoding, errors="replace", line_buffering=True)
     given_settings.clear()
     defaults = plain_values(settings)
     config = dict(defaults)
@@ -84,20 +85,12 @@ def plain_values(names):
             if type(value) in PLAIN_TYPES and not key.startswith("_")}
 
 
-def prepare_streams():
-    """Lets stdout and stderr take any text: replaced on a terminal, UTF-8 in files and pipes."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # not in a notebook, nor after 2>&-
-            encoding = None if stream.isatty() else "utf-8"
-            stream.reconfigure(encoding=encoding, errors="replace", line_buffering=True)
-
-
 def run_config_file(path, config):
     """Runs a config file and returns what it assigns: settings, and names that may be typos."""
     try:
-        with tokenize.open(path) as file:  # like import, this honors an encoding declaration
+        with open(path, encoding="utf-8") as file:
             source = file.read()
-    except (OSError, SyntaxError, UnicodeError) as error:  # the last two: not a text file
+    except (OSError, UnicodeError) as error:
         raise UserError(f"cannot read the config file {path!r} ({error}); arguments are config "
                         "files or --key=value") from None
     config_files.append(path)
@@ -131,7 +124,7 @@ def check_type(key, value, default):
     if default == "auto" and type(value) in PLAIN_TYPES:
         return value
     raise UserError(f"setting {key!r} must be of type {kind.__name__} (default {default!r}), "
-                    f"got {reprlib.repr(value)}")
+                    f"got {value!r}")
 
 
 def check_ranges(config, names, minimum, maximum=math.inf):
@@ -166,7 +159,7 @@ def restore_settings(config, checkpoint, not_restored):
 
 def help_text(settings):
     """The script's docstring, then its settings as the source has them, with their comments."""
-    with tokenize.open(settings["__file__"]) as file:
+    with open(settings["__file__"], encoding="utf-8") as file:
         source = file.read().split("configure(globals()")[0]
     pattern = r"^(?:(\w+) = (.+)|# .+)$"  # a setting, or what the next ones are about
     lines = [settings["__doc__"].strip(), "", "settings (--key=value):"]
