@@ -228,12 +228,9 @@ def choose_device(device, local_rank):
             device = "cuda"
         elif torch.backends.mps.is_available() and "RANK" not in os.environ:  # one process only
             device = "mps"
-    if str(device).startswith("cuda"):
-        several_gpus = torch.cuda.device_count() > 1  # a scheduler may show each process one GPU
-        if "LOCAL_RANK" in os.environ and several_gpus:
-            device = f"cuda:{local_rank}"
-        elif device == "cuda":
-            device = "cuda:0"
+    if device == "cuda" or (str(device).startswith("cuda") and "LOCAL_RANK" in os.environ):
+        # a scheduler may show each process one GPU
+        device = f"cuda:{local_rank if torch.cuda.device_count() > 1 else 0}"
     try:
         torch.zeros(1, device=device).add_(1)
         if device.startswith("cuda"):
