@@ -18,7 +18,6 @@ import sys
 import traceback
 
 PLAIN_TYPES = (bool, int, float, str)
-PATHS = ("out_dir", "dataset", "init_from", "export", "files", "tokens", "to")  # may begin with ~/
 given_settings = set()  # names that a config file or the command line has set
 config_files = []  # paths of the config files that have run
 
@@ -72,8 +71,8 @@ def configure(settings, paths=None):
                 raise UserError(f"unknown setting {key!r} in {argument!r}; did you mean {nearest}? "
                                 "(--help lists all; helper variables in configs begin with _)")
             config[key] = check_type(key, value, defaults[key])
-            if key in PATHS and isinstance(value, str):
-                config[key] = os.path.expanduser(config[key])
+            if isinstance(value, str) and value.startswith("~/"):  # a path
+                config[key] = os.path.expanduser(value)
             given_settings.add(key)
     settings.update(config)
     return config
