@@ -230,8 +230,7 @@ may_differ = ("out_dir", "dataset", "device", "wandb_run_name")  # paths, a time
 settings = {key: config[key] for key in config.keys() - may_differ}
 runtime.check_same(iter_num=state["iter_num"], settings=settings, data=data_fingerprint)
 
-# dynamic=False: a shorter batch in an evaluation must not change the graph for training
-compiled_model = torch.compile(model, dynamic=False) if compile else model
+compiled_model = torch.compile(model) if compile else model
 ddp_model = compiled_model
 if world_size > 1 and not eval_only:
     ddp_model = runtime.wrap_ddp(compiled_model, dropout)
@@ -383,10 +382,10 @@ while True:
         if eval_only:
             print(line)
             break
-        # An equal loss is that of a resumed run, whose ckpt.pt an error may have prevented.
-        is_best = skipped_in_a_row == 0 and losses["val"] <= state["best_val_loss"]
         is_finite = math.isfinite(losses["val"])
         is_good = is_finite and skipped_in_a_row == 0
+        # <=: after an error while ckpt.pt was saved, the resumed run has an equal loss.
+        is_best = is_good and losses["val"] <= state["best_val_loss"]
         if is_best:
             state["best_val_loss"] = losses["val"]
         if is_best and iter_num > 0:
