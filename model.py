@@ -72,12 +72,10 @@ class KVCache:
         """Adds k, v (B, nh, T, hs) and returns all keys and values, each (B, nh, length, hs)."""
         B, nh, T, hs = k.shape
         if self.length == 0:
-            self.k = k.new_empty(B, nh, self.capacity, hs)
-            self.v = v.new_empty(B, nh, self.capacity, hs)
+            self.kv = k.new_empty(2, B, nh, self.capacity, hs)
         start, self.length = self.length, self.length + T
-        self.k[:, :, start:self.length] = k
-        self.v[:, :, start:self.length] = v
-        return self.k[:, :, :self.length], self.v[:, :, :self.length]
+        self.kv[:, :, :, start:self.length] = torch.stack([k, v])
+        return self.kv[:, :, :, :self.length].unbind(0)
 
 
 def causal_attention(q, k, v, dropout):
