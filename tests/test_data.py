@@ -25,6 +25,7 @@ SHA256 = {
     "shakespeare/train.bin": "502a2bdc8210d1ac5d5674867cb74467dd31db575d25cf6dbb08c8bdbea8680f",
     "shakespeare/val.bin": "68a53422394c26a655ebe641f5c6f49888e8f4e45fe5d6f02abda63ba3ebd65b",
 }
+PINNED = "b4325f019c648b1641a1784748667e8b74e5e064"
 SPACES = "a" + " " * 1_500_000 + "b"  # more than GPT-2's tokenizer can encode
 
 
@@ -179,19 +180,20 @@ def test_openwebtext_names_what_is_wrong_with_local_files(run, tmp_path, name, c
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("num_documents, named", [
-    (50, "documents: 50 instead of 8,013,769; .* Remove "),
+@pytest.mark.parametrize("revision, num_documents, named", [
+    ("79d93d7", 8_013_769, f"the cache lacks commit {PINNED}"),  # `datasets` would take it
+    (PINNED, 50, "documents: 50 instead of 8,013,769; .* Remove "),
     # <|endoftext|> is ordinary text there, of 7 tokens
-    (8_013_769, "val: 10 instead of 4,434,897; .* Remove "),
+    (PINNED, 8_013_769, "val: 10 instead of 4,434,897; .* Remove "),
 ])
 def test_openwebtext_that_is_not_the_known_one_is_refused(
-        checkout, tmp_path, monkeypatch, num_documents, named):
+        checkout, tmp_path, monkeypatch, revision, num_documents, named):
     (tmp_path / "sitecustomize.py").write_text(f"""if True:
         import datasets
 
         class Documents:  # of which only 50 are split
             some = datasets.Dataset.from_dict(dict(text=["some words<|endoftext|>"] * 50))
-            data, train_test_split = some.data, some.train_test_split
+            cache_files, data, train_test_split = [{revision!r}], some.data, some.train_test_split
 
             def __len__(self):
                 return {num_documents}

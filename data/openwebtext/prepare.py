@@ -93,6 +93,9 @@ def load_documents():
         else:
             documents = datasets.load_dataset("Skylion007/openwebtext", revision=REVISION,
                                               split="train")
+            # note: if the hub fails, `datasets` falls back to any revision that its cache has
+            if REVISION not in str(documents.cache_files):
+                raise ValueError(f"the hub does not answer, and the cache lacks commit {REVISION}")
     except Exception as error:
         raise UserError(f"cannot load the documents: {error.__cause__ or error}") from None
     num_texts = len(documents) - documents.data.column("text").null_count
