@@ -103,8 +103,8 @@ def read_checkpoint(out_dir, best=False, required=False):
     if errors and not found:
         raise errors[0]
     if required and not found:
-        raise UserError(f"there is no ckpt.pt in out_dir={out_dir!r}: train first, name another "
-                        "--out_dir, or choose another --init_from")
+        raise UserError(f"there is no ckpt.pt or last.pt in out_dir={out_dir!r}: train first, name "
+                        "another --out_dir, or choose another --init_from")
     for error in errors:
         print(f"note: {error}; using the other one")
     # on a tie ckpt.pt, the first: it was written later

@@ -28,9 +28,10 @@ class UserError(ValueError):
 
 def set_environment():
     """Sets variables that torch and tqdm read when imported, unless the user has set them."""
-    # Threads that spin at OpenMP's barriers would slow a run many times beside a busy process.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    if "WORLD_SIZE" in os.environ:  # DDP warns of find_unused_parameters, which runtime.py wants
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # threads that spin at OpenMP's barriers would slow a run many times beside a busy process
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    if "WORLD_SIZE" in os.environ:  # DDP warns of find_unused_parameters, which we want
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if os.environ.get("RANK", "0") != "0":
         os.environ.setdefault("TQDM_DISABLE", "1")
@@ -87,7 +88,7 @@ def plain_values(names):
 def run_config_file(path, config):
     """Runs a config file and returns what it assigns: settings, and names that may be typos."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             source = file.read()
     except (OSError, UnicodeError) as error:
         raise UserError(f"cannot read the config file {path!r} ({error}); arguments are config "

@@ -38,12 +38,11 @@ class GPTConfig:
         check_ranges(vars(self), "block_size vocab_size n_layer n_head n_embd", 1)
         check_ranges(vars(self), "dropout", 0, 0.999999)
         if self.n_embd % self.n_head:
-            raise UserError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: "
-                            "choose a multiple")
+            raise UserError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
 
 
 def linear(n_in, n_out, bias, std=0.02):
-    """nn.Linear with weights from N(0, std), biases 0, and without torch's initialization."""
+    """nn.Linear with weights from N(0, std²), biases 0, and without torch's initialization."""
     layer = skip_init(nn.Linear, n_in, n_out, bias=bias)
     nn.init.normal_(layer.weight, std=std)
     if bias:
@@ -165,7 +164,7 @@ class GPT(nn.Module):
         """
         Maps token ids `idx` (B, T) to (logits, None), logits (B, T, V). With `targets` (B, T), -1
         being ignored, returns (None, mean cross entropy in nats): the logits can then be freed.
-        With `caches`, one a layer, `idx` continues their tokens, and logits are the last ones only.
+        With `caches` (one a layer) `idx` is the prompt, then single tokens; logits are the last.
         """
         start = max(cache.length for cache in caches) if caches else 0
         end = start + idx.size(1)
@@ -228,8 +227,7 @@ class GPT(nn.Module):
     def crop_block_size(self, block_size):
         """Shortens the context to `block_size` tokens, for finetuning on shorter sequences."""
         if not 1 <= block_size <= self.config.block_size:
-            raise UserError(f"block_size={block_size} must be from 1 to {self.config.block_size}, "
-                             "the context of the pretrained model")
+            raise UserError(f"block_size={block_size} must be from 1 to {self.config.block_size}")
         self.config.block_size = block_size
         weight = self.transformer.wpe.weight[:block_size].detach().clone()
         self.transformer.wpe.weight = nn.Parameter(weight)
@@ -245,13 +243,12 @@ class GPT(nn.Module):
 
         temperature   divides the logits; 0 is greedy
         top_k         draws from the k most probable tokens (None or 0: all)
-        top_p         draws from the most probable tokens that add up to this probability (nucleus
-                      sampling, Holtzman et al. 2020; None or 1: all)
+        top_p         draws from the most probable tokens of this total probability (None or 1: all;
+                      nucleus sampling, Holtzman et al. 2020)
         vocab_limit   tokens from this id on, the padding of the vocabulary, are never drawn
 
-        Keys and values are cached: a token costs the forward pass of one position, and greedy
-        tokens equal those of the plain forward pass. When the context of block_size is full, its
-        later half is read again as a new context, about every block_size / 2 tokens.
+        Keys and values are cached. When the context is full, its later half is read again as a new
+        one, so greedy tokens equal those of the plain forward pass up to block_size tokens.
         """
         block_size = self.config.block_size
         capacity = min(block_size, idx.size(1) + max_new_tokens)
@@ -285,7 +282,7 @@ class GPT(nn.Module):
             raise UserError(f"the model has {name}={model_args[name]!r}, and GPTConfig has no such "
                             "field: use the model.py that it was trained with")
         for name in fields.keys() - model_args.keys():
-            print(f"note: the model was made without {name}: it takes the default {fields[name]!r}")
+            print(f"note: the model was made without {name}: it has the default {fields[name]!r}")
         model = cls(GPTConfig(**model_args))
         try:
             model.load_state_dict(weights)

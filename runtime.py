@@ -34,7 +34,7 @@ PEAK_FLOPS = {
 
 # ---- processes ----
 
-store = None  # of torch.distributed, for what processes tell each other without a collective
+store = None  # of torch.distributed, for messages between processes outside collectives
 
 
 def process_ranks():

@@ -71,7 +71,7 @@ lr_decay_iters = 600000  # about max_iters (Hoffmann et al. 2022)
 min_lr = 6e-5  # from lr_decay_iters on, about learning_rate / 10
 lr_schedule = 'cosine'  # 'wsd': warm-up, stable, linear decay
 decay_frac = 0.2  # the decay of 'wsd', as a fraction of lr_decay_iters
-# machine: 'auto' means what the machine does best
+# machine: 'auto' is the best that it offers
 backend = 'auto'  # 'nccl' (GPUs) or 'gloo' (CPUs)
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto'  # 'bfloat16' where it is native, 'float16', 'float32'
@@ -95,7 +95,7 @@ checkpoint = None
 if init_from in ("resume", "auto"):
     checkpoint = read_checkpoint(out_dir, required=init_from == "resume")
 if checkpoint:
-    # Given settings win, the others come from the checkpoint, except those of this command.
+    # Settings given now win; the others come from the checkpoint, but for this command's own.
     not_restored = ("out_dir", "init_from", "eval_only", "device", "compile", "backend")
     restore_settings(config, checkpoint, not_restored)
     globals().update(config)
@@ -107,12 +107,12 @@ check_ranges(config, "beta1 beta2", 0, 0.999999)
 check_choice("optimizer_type", optimizer_type, ("adamw", "muon"))
 check_choice("lr_schedule", lr_schedule, ("cosine", "wsd"))
 if gradient_accumulation_steps % world_size != 0:
-    raise UserError(f"gradient_accumulation_steps={gradient_accumulation_steps} is not divisible "
-                    f"by {world_size} processes: choose a multiple of {world_size}")
+    raise UserError(f"{gradient_accumulation_steps=} is not divisible by {world_size} processes: "
+                    "choose a multiple")
 
 device, dtype, compile = runtime.setup_device(device, dtype, compile, local_rank, deterministic)
 device_type = device.split(":")[0]
-# Without autocast's cache of cast weights, which recomputed blocks would keep in memory for long.
+# With recomputed blocks, a cache of cast weights would stay in memory.
 autocast = runtime.make_autocast(device, dtype, cache_enabled=not gradient_checkpointing)
 backend = runtime.init_processes(rank, world_size, backend, device_type)
 
@@ -164,7 +164,7 @@ def load_sequences(split, offsets):
 
 def get_batch(split, stream, iteration, micro_step=0):
     """A micro-batch of an iteration: x and y (batch_size, block_size)."""
-    # The global batch has one sequence of random bits, so any process can load any part of it.
+    # Random bits are those of the global batch, so any process can load any part of it.
     first = micro_step * batch_size
     bits = random_bits(stream, iteration, first + batch_size)[first:]  # (B,)
     # Modulo favours low offsets by less than 1e-9, and is the same in every version of numpy.
@@ -257,14 +257,14 @@ def estimate_loss():
                 numbers = np.minimum(numbers, num_eval_sequences - 1)
                 x, y = load_sequences(split, numbers * block_size)
                 y = y.clone()  # x and y share memory
-                y[num_eval_sequences - k * batch_size:] = -1
+                y[num_eval_sequences - k * batch_size:] = -1  # none, unless it is the last batch
             seed_torch(stream, k)
             with autocast:
                 _, loss = compiled_model(x, y)
-            results[row, k] = loss * (y >= 0).float().mean()  # a short batch counts for less
+            results[row, k] = loss * (y >= 0).float().mean()  # a filled-up batch counts for less
     compiled_model.train()
     results[2] = float(runtime.stop_requested())
-    # A batch has its loss from one process and zeros from the others: no sum depends on how many.
+    # Each batch has its loss from one process and zeros from the others: any number sums alike.
     sums = runtime.all_reduce_sum(results).cpu().double().sum(dim=1)
     train_loss, val_loss, stop_flag = (sums / (num_eval_sequences / batch_size)).tolist()
     return None if stop_flag > 0 else {"train": train_loss, "val": val_loss}
@@ -293,6 +293,11 @@ def get_lr(iteration):
 
 COLUMNS = "iter train_loss val_loss loss lr grad_norm tokens_per_s time_ms mfu".split()
 log_path = os.path.join(out_dir, "log.csv")
+updating = False  # the weights are being changed: they belong to no iteration
+is_finite = True  # the latest val loss
+skipped_in_a_row = 0  # updates that were not finite; nothing is saved while they go on
+buffers = []  # copies from before the update under way: a forward pass may change them
+wandb_run = None
 resume_command = f"python train.py --out_dir={shlex.quote(out_dir)} --init_from=resume"
 
 
@@ -305,7 +310,7 @@ def log_metrics(**row):
             csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
     except OSError as error:
         print(f"note: cannot write {log_path}: {error}")
-    if wandb_log:
+    if wandb_run:
         wandb_run.log({key.replace("_loss", "/loss"): value for key, value in row.items()})
 
 
@@ -329,10 +334,6 @@ def save_after_error():
         print(f"saved last.pt before iteration {saved_iter}", file=sys.stderr)
 
 
-updating = False  # the weights are being changed: they belong to no iteration
-buffers = []  # copies from before the update under way: a forward pass may change them
-is_finite = True  # the latest val loss
-skipped_in_a_row = 0  # updates that were not finite; nothing is saved while they go on
 num_params = model.get_num_params(non_embedding=False) / 1e6
 print(f"{num_params:.2f}M parameters, {tokens_per_iter:,} tokens per iteration, {world_size} x "
       f"{device_type} in {dtype}, {compile=}, {torch.get_num_threads()} threads, from iteration "
@@ -358,7 +359,7 @@ if not eval_only:
 
 first_iter = state["iter_num"]
 num_updates = 0  # since the last log line
-start_time = t0 = time.perf_counter()  # t0: of the last log line; evaluations move it on
+start_time = t0 = time.perf_counter()  # t0: of the last log line, without evaluations
 x, y = get_batch("train", TRAIN, first_iter, micro_steps[0])
 while True:
     iter_num = state["iter_num"]
@@ -428,7 +429,8 @@ while True:
     # The one collective besides the gradients', and the one wait for the device.
     stop_flag = torch.full((), float(runtime.stop_signal > 0), device=device)
     stats = runtime.all_reduce_sum(torch.stack([loss_sum, total_norm, stop_flag]))
-    loss, grad_norm, stopping = (stats / world_size).tolist()
+    loss, grad_norm, stop_share = (stats / world_size).tolist()
+    stopping = stop_share > 0
     num_updates += 1
 
     # Log before the weights change: log.csv then has the rows of all updates in a checkpoint.
@@ -493,6 +495,6 @@ if master_process and not eval_only:
         draw_losses([out_dir], os.path.join(out_dir, "loss.png"))
     except Exception as error:  # a picture is no reason to fail
         print(f"note: loss.png was not drawn: {error}")
-    if wandb_log:
+    if wandb_run:
         wandb_run.finish(exit_code)
 runtime.close(exit_code, device)

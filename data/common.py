@@ -34,8 +34,8 @@ def lock_folder(folder):
         import fcntl
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"out_dir={str(folder)!r} is in use by another process: wait for its "
-                        "end, or choose another --out_dir") from None
+        raise UserError(f"out_dir={str(folder)!r} is in use by another process: wait for it to "
+                        "end, or use another folder") from None
     except (ImportError, OSError):
         pass  # Windows, and file systems without locks
     return file
@@ -130,7 +130,9 @@ def prepare_hint(dataset):
     script = DATA / dataset / "prepare.py"
     if script.exists():
         return f"run python {script}"
-    return f"name a folder in {DATA}, or a path (no {script})"
+    paths = [*DATA.glob("*/prepare.py"), *DATA.glob("*/train.bin"), *Path().glob("*/train.bin")]
+    known = sorted({path.parent.name for path in paths})
+    return f"no script makes {str(dataset)!r}; the data sets are {', '.join(known)}"
 
 
 def open_tokens(dataset, split, block_size):

@@ -54,6 +54,8 @@ def stoi_of(tokenizer):
 
 def train_bpe(text, vocab_size):
     """The vocabulary of a byte-level BPE that is trained on a text."""
+    # note: threads don't change it, though that is not documented: the counts are integers, and of
+    # equally frequent pairs the one of lower ids is merged first.
     from tokenizers import ByteLevelBPETokenizer
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(pieces(text), vocab_size, min_frequency=0,
@@ -133,7 +135,7 @@ def run_tokenizer(checkpoint):
 
 
 def write_vocabulary(folder, tokenizer):
-    """Writes what tells the tokenizer of a data set: nothing if it is GPT-2's."""
+    """Writes the files that name a data set's tokenizer: none if it is GPT-2's."""
     if tokenizer == "gpt2":
         return
     Path(folder, "tokenizer.json").write_text(tokenizer, encoding="utf-8")
@@ -185,7 +187,7 @@ def cache_gpt2_files():
 
 
 def pieces(text, size=2**16):
-    """Cuts a text before white space: `tokenizers` needs 150 bytes of memory for one of text."""
+    """Cuts a text before white space: `tokenizers` needs 150 bytes of memory per byte of text."""
     start = 0
     while start < len(text):
         space = re.compile(r"(?<=\S)\s").search(text, start + size)

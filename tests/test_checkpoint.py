@@ -227,7 +227,7 @@ def test_a_new_run_backs_up_an_earlier_one_before_its_first_update(
     assert set(contents(out_dir)) == {"ckpt.1.pt", "log.1.csv", "log.csv"}
     assert_same_state(load(out_dir, "ckpt.1.pt"), first)
     assert (out_dir / "log.1.csv").read_text() == first_log
-    with pytest.raises(ValueError, match="no ckpt.pt in out_dir=.*--init_from"):
+    with pytest.raises(ValueError, match="no ckpt.pt or last.pt in out_dir=.*--init_from"):
         train("a", "--init_from=resume")
 
 

@@ -177,7 +177,7 @@ def test_a_new_field_of_the_config_and_settings_of_any_value(copy, unedited):
     output = unedited.resume(copy.folder / "a", code=1)
     assert output.startswith("error: the model has smoothing=0.1, and GPTConfig has no such field")
     output = copy.run("sample.py", f"--out_dir={unedited.folder / 'a'}", "--max_new_tokens=1")
-    assert "made without smoothing: it takes the default 0.0\n" in output
+    assert "made without smoothing: it has the default 0.0\n" in output
 
 
 # ---- slips ----

@@ -62,7 +62,7 @@ def test_logits_and_loss_agree_with_transformers(size, tmp_path):
     ('"layer_norm_epsilon": 1e-05', '"layer_norm_epsilon": 1e-06', "layer_norm_epsilon is 1e-06"),
     ('"n_inner": null', '"n_inner": 32', "n_inner is 32"),
     ('"n_layer": 2', '"n_layer": 3', "(?s)the weights do not fit.*transformer.h.2"),
-    ('"n_embd": 16', '"n_embd": 17', "n_embd=17 is not divisible by n_head=2"),
+    ('"n_embd": 16', '"n_embd": 17', "n_embd=17 must be a multiple of n_head=2"),
     ("{", "", "cannot read a GPT-2 from .*JSONDecodeError"),
 ])
 def test_another_architecture_is_refused(folder, old, new, named):
