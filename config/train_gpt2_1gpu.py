@@ -2,7 +2,7 @@
 #   python train.py config/train_gpt2_1gpu.py
 # 20 sequences x 1024 tokens x 24 micro-batches = 491,520 tokens per iteration
 # 20,000 iterations = 9.8B tokens
-# On 80 GB: --batch_size=60 --gradient_accumulation_steps=8 trains on the same data.
+# On 80 GB: --batch_size=40 --gradient_accumulation_steps=12 trains on the same data.
 # Expect about 26 hours on an RTX 4090 (106K tokens/s, as users of nanoGPT report) or 6 hours on an
 # H100 (about 450K tokens/s, as the fastest trainers report), and a val loss of about 3.0. We have
 # measured none of this.
