@@ -276,9 +276,11 @@ def test_resume_on_other_tokens_is_an_error(out_dir, other_dataset, train, meta)
         train("a", f"--dataset={other_dataset}", "--init_from=resume")
 
 
-def test_gpt2_is_finetuned_on_its_own_tokens_only(other_dataset, train, tmp_path):
-    GPT(GPTConfig(**dict(SHAPE, vocab_size=50257))).save_pretrained(str(tmp_path / "gpt2"))
-    with pytest.raises(ValueError, match="a vocabulary of 50257, has other tokens than the data"):
+@pytest.mark.parametrize("vocab_size", [50257, 50258])  # the latter with a token added
+def test_gpt2_is_finetuned_on_its_own_tokens_only(other_dataset, train, tmp_path, vocab_size):
+    GPT(GPTConfig(**dict(SHAPE, vocab_size=vocab_size))).save_pretrained(str(tmp_path / "gpt2"))
+    with pytest.raises(ValueError, match="has other tokens than the data set"):
         train("b", f"--init_from={tmp_path / 'gpt2'}")
     (other_dataset / "meta.pkl").unlink()
     train("b", f"--init_from={tmp_path / 'gpt2'}", f"--dataset={other_dataset}", "--max_iters=1")
+    assert newest(tmp_path / "b")["model_args"]["vocab_size"] == vocab_size

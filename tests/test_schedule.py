@@ -26,6 +26,11 @@ def test_learning_rates_by_hand(train, options, expected):
     assert {iteration: get_lr(iteration) for iteration in expected} == pytest.approx(expected)
 
 
+def test_a_run_that_goes_on_at_a_learning_rate_of_0_says_so(train, run):
+    train("a", "--min_lr=0.0", "--max_iters=9")
+    assert "note: max_iters=9, but the learning rate is 0 from lr_decay_iters=8 on\n" in run.out
+
+
 def test_the_optimizers_use_the_rate_of_their_update(train, tmp_path):
     """The last update of 3 with warmup_iters=2 is the first at the full rate."""
     result = train("a", "--max_iters=3", "--optimizer_type=muon", "--muon_lr_scale=3.0")
