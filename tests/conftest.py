@@ -40,7 +40,8 @@ def find_gpu():
     return subprocess.run([sys.executable, "-c", question]).returncode == 0
 
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it,
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and one under nohup this
 torch.set_num_threads(1)  # so that runs in this process, its forks and others round alike
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["WANDB_MODE"] = "offline"
