@@ -423,8 +423,8 @@ while True:
         loss_sum += micro_loss.detach()
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    total_norm = torch.nn.utils.get_total_norm(grads)
+    total_norm = torch.nn.utils.get_total_norm(
+        [p.grad for p in model.parameters() if p.grad is not None])
 
     # The one collective besides the gradients', and the one wait for the device.
     stop_flag = torch.full((), float(runtime.stop_signal > 0), device=device)

@@ -1,10 +1,11 @@
 """Updates: their learning rate, their number, and which optimizer makes them."""
 
 import math
+import weakref
 
 import pytest
 import torch
-from conftest import newest, read_log
+from conftest import newest, on_forward, read_log
 
 WSD = ["--lr_schedule=wsd", "--lr_decay_iters=20"]
 A_QUARTER_DOWN = 0.2 + 0.8 * (1 + math.sqrt(0.5)) / 2  # of half a cosine from 1.0 to 0.2
@@ -65,3 +66,21 @@ def test_muon_updates_the_matrices_of_the_blocks_and_adamw_the_rest(train):
             assert values.max() < 1.3 and values.median() > 0.6, name
         elif "wte" in name:
             assert update.abs().max() < 1.01
+
+
+def test_an_update_leaves_no_gradients_behind(train, monkeypatch):
+    """They are as large as the model."""
+    gradients = []
+    get_total_norm = torch.nn.utils.get_total_norm
+
+    def remember(tensors):
+        gradients[:] = map(weakref.ref, tensors)
+        return get_total_norm(tensors)
+
+    def check(loss, training, number):
+        assert not any(reference() is not None for reference in gradients)
+        return loss
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", remember)
+    on_forward(monkeypatch, check)
+    train("a", "--max_iters=2")
+    assert gradients
