@@ -186,7 +186,7 @@ def test_any_other_error_keeps_its_traceback(printed, error):
 
 
 @pytest.mark.parametrize("given, spin_count", [
-    ({}, "1000"), ({"GOMP_SPINCOUNT": "5"}, "5")])
+    ({}, "1000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)])
 def test_threads_of_openmp_do_not_spin_for_long_unless_the_user_wants_it(
         monkeypatch, given, spin_count):
     monkeypatch.setattr(os, "environ", dict(given))
