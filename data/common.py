@@ -105,6 +105,9 @@ def write_text(folder, train, val, vocabulary):
         ids, skipped = encode_documents(tqdm(documents, name, disable=None), encode, end_token)
         all_ids[name] = ids if end_token is None else ids[:-1]  # no document after the last marker
         all_skipped += skipped
+        if len(all_ids[name]) == 0:
+            raise UserError(f"too little text: {name}.bin would be empty "
+                            f"({len(skipped)} documents cannot be encoded)")
     with replace_dataset(folder) as tmp_folder:
         for name, ids in all_ids.items():
             ids.tofile(tmp_folder / f"{name}.bin")

@@ -301,11 +301,14 @@ def test_every_kind_of_tokens_holds_out_the_same_text(tmp_path, text):
     (["{}/x.dat"], "x.dat.*UTF-8"),
     (["{}/nul.txt"], "nul.txt.*UTF-8"),
     (["{}/some.txt", "--tokens=words"], "'words' has no tokenizer"),
+    (["{}/some.txt", "--val_frac=0.0"], "too little text: val.bin would be"),
+    (["{}/spaces.txt", "--tokens=gpt2", "--val_frac=0.5"], "too little text.*1 documents"),
 ])
 def test_text_names_what_is_wrong(run, tmp_path, arguments, named):
     (tmp_path / "x.dat").write_bytes(b"text, then \xff\xfe\x00")
     (tmp_path / "nul.txt").write_bytes(b"text, then \x00")
     (tmp_path / "some.txt").write_text("some text")
+    (tmp_path / "spaces.txt").write_text(2 * SPACES)
     arguments = [argument.format(tmp_path) for argument in arguments]
     with pytest.raises((ValueError, FileNotFoundError), match=named):
         run("data/text/prepare.py", *arguments, f"--out_dir={tmp_path / 'out'}")
