@@ -1,10 +1,13 @@
 """The model in memory; test_huggingface.py compares its logits with those of transformers."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 
 from model import GPT, GPTConfig, causal_attention, sample_token
 
@@ -178,3 +181,14 @@ def test_tokens_from_the_limit_on_are_never_drawn():
     idx = torch.zeros(4, 1, dtype=torch.long)
     out = small_model().generate(idx, 200, temperature=50.0, vocab_limit=7)
     assert out.unique().tolist() == list(range(7))
+
+
+def test_importing_the_model_changes_nothing_outside():
+    code = """if True:
+        import os, signal, sys, torch
+        look = lambda: (dict(os.environ), sys.excepthook, sys.stdout, signal.getsignal(2),
+                        torch.get_float32_matmul_precision(), torch.get_rng_state().tolist())
+        before = look()
+        import model
+        assert look() == before"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
