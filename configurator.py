@@ -44,6 +44,7 @@ def configure(settings, paths=None):
     `paths` collects the arguments that are not options, which are then no config files.
     """
     sys.excepthook = excepthook
+    sys.unraisablehook = lambda hook: excepthook(hook.exc_type, hook.exc_value, hook.exc_traceback)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # not in a notebook, nor after 2>&-
             # Any text can be printed: replaced on a terminal, UTF-8 in files and pipes.

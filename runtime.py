@@ -1,6 +1,5 @@
-"""The machine: processes, signals and errors, device and precision."""
+"""The machine: processes, signals, device and precision."""
 
-import atexit
 import contextlib
 import datetime
 import os
@@ -39,12 +38,9 @@ store = None  # of torch.distributed, for messages between processes outside col
 
 def process_ranks():
     """(rank, local_rank, world_size) as torchrun sets them; all but rank 0 are silenced."""
-    rank = int(os.environ.get("RANK", 0))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if rank >= world_size:
-        raise UserError(f"RANK={rank}, but WORLD_SIZE={world_size}: launch with torchrun, or unset "
-                        "both to run one process")
+    rank = int(os.environ["RANK"]) if world_size > 1 else 0
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if rank > 0:
         sys.stdout = open(os.devnull, "w")
         warnings.simplefilter("ignore")
@@ -58,7 +54,7 @@ def init_processes(rank, world_size, backend, device_type):
         backend = "nccl" if device_type == "cuda" else "gloo"
     if world_size > 1:
         # The waits below are in C++, where Python cannot answer Ctrl-C: let it end the process.
-        handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
         # note: torchrun's store survives a restart, and with it the addresses of dead workers. So
         # every attempt gets its own names in it.
@@ -66,7 +62,6 @@ def init_processes(rank, world_size, backend, device_type):
         store = dist.PrefixStore(f"attempt{attempt}", store)
         dist.init_process_group(backend, rank=rank, world_size=world_size, store=store,
                                 timeout=TIMEOUT)
-        signal.signal(signal.SIGINT, handler)
     return backend
 
 
@@ -122,13 +117,13 @@ def close(exit_code, device):
         sys.exit(exit_code)
 
 
-# ---- signals and errors ----
+# ---- signals, wandb ----
 
 stop_signal = 0  # the number of the signal that asked this process to stop
 
 
 def catch_signals():
-    """From here on, signals set `stop_signal`; a second Ctrl-C ends the run."""
+    """From here on, signals set `stop_signal`; a second Ctrl-C ends the process at once."""
     global stop_signal
     stop_signal = 0
     for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"):
@@ -139,10 +134,10 @@ def catch_signals():
 
 def on_signal(number, frame=None):
     global stop_signal
-    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ  # it passes every Ctrl-C on twice
-    if number == signal.SIGINT and stop_signal == signal.SIGINT and not under_torchrun:
-        raise KeyboardInterrupt
     stop_signal = number
+    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ  # it passes every Ctrl-C on twice
+    if number == signal.SIGINT and not under_torchrun:
+        signal.signal(number, signal.SIG_DFL)
     if os.environ.get("RANK", "0") == "0":
         with contextlib.suppress(OSError):
             os.write(2, b"finishing the current update, then saving (Ctrl-C again: quit now)\n")
@@ -155,23 +150,6 @@ def stop_requested():
     if stop_signal > 0:
         store.set("stop", "1")
     return store.check(["stop"])
-
-
-def call_after_error(function):
-    """Calls `function` after an uncaught error or sys.exit, but not after a second Ctrl-C."""
-    print_error = sys.excepthook
-
-    def print_and_call(kind, error, trace):
-        atexit.unregister(function)
-        with contextlib.suppress(OSError):  # nobody may read stderr any more
-            print_error(kind, error, trace)
-        if kind is not KeyboardInterrupt:
-            try:
-                function()
-            except Exception as another:
-                print_error(type(another), another, another.__traceback__)
-    sys.excepthook = print_and_call
-    atexit.register(function)
 
 
 def start_wandb(project, name, config, run_id):

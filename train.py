@@ -11,6 +11,7 @@ import configurator
 
 configurator.set_environment()  # before torch is imported
 
+import atexit
 import csv
 import dataclasses
 import datetime
@@ -325,7 +326,7 @@ def save(name, on_any_process=False):
 
 
 def save_after_error():
-    """Writes last.pt when an error has ended the loop, so that no finished update is lost."""
+    """Writes last.pt after an error in the loop, so that no finished update is lost."""
     is_good = not updating and is_finite and skipped_in_a_row == 0
     if is_good and state["iter_num"] not in (0, saved_iter):
         for buffer, old in zip(model.buffers(), buffers, strict=True):
@@ -353,7 +354,7 @@ if not eval_only:
             back_up(out_dir)
         trim_log(log_path, COLUMNS, state["iter_num"])
     runtime.catch_signals()
-    runtime.call_after_error(save_after_error)
+    atexit.register(save_after_error)  # after a normal end it finds the state saved
 
 # ---- the loop ----
 

@@ -119,8 +119,9 @@ def run(monkeypatch, capfd):
     def run(script, *arguments):
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
         monkeypatch.setattr(common, "lock_folder", remember_lock)
-        monkeypatch.setattr(atexit, "register", lambda *arguments: None)  # this process goes on
-        excepthook, stdout = sys.excepthook, sys.stdout
+        at_exit = []
+        monkeypatch.setattr(atexit, "register", at_exit.append)
+        hooks, stdout = (sys.excepthook, sys.unraisablehook), sys.stdout
         handlers = {number: signal.getsignal(number) for number in SIGNALS}
         try:
             return runpy.run_path(str(ROOT / script), run_name="__main__")
@@ -128,10 +129,12 @@ def run(monkeypatch, capfd):
             sys.excepthook(type(error), error, error.__traceback__)
             raise
         finally:
+            for function in at_exit:
+                function()
             run.out, run.err = capfd.readouterr()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-            sys.excepthook, sys.stdout = excepthook, stdout
+            (sys.excepthook, sys.unraisablehook), sys.stdout = hooks, stdout
             runtime.stop_signal = 0
             torch.use_deterministic_algorithms(False)
             torch.set_flush_denormal(False)
@@ -188,6 +191,7 @@ def fork(*arguments, before=None, **env):
     if pid > 0:
         return pid
     gc.freeze()  # what the fork has from this process needs no garbage collection
+    atexit._clear()  # what stands there is for the end of this process
     try:
         os.environ.update(env)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -195,13 +199,15 @@ def fork(*arguments, before=None, **env):
         if before is not None:
             before()
         runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
-        os._exit(0)
+        code = 0
     except SystemExit as stop:
-        os._exit(stop.code)
+        code = stop.code
     except BaseException as error:
+        code = 1
         sys.excepthook(type(error), error, error.__traceback__)
     finally:
-        os._exit(1)
+        atexit._run_exitfuncs()
+        os._exit(code)
 
 
 def wait(pid):

@@ -7,6 +7,7 @@ compares: the end must be that of a run that nobody disturbed, bit for bit.
 """
 
 import ast
+import atexit
 import contextlib
 import os
 import random
@@ -117,16 +118,17 @@ def call_at_lines(function):
                               names["saved_iter"], names["updating"]))
         return trace
 
-    call_after_error = runtime.call_after_error
+    register = atexit.register
 
-    def call_and_trace(*args):  # the last call before the loop
+    def register_and_trace(function):  # train.py's last call before the loop
         nonlocal names
-        call_after_error(*args)
+        register(function)
         frame = sys._getframe(1)
-        names = frame.f_globals
-        frame.f_trace = trace
-        sys.settrace(trace)
-    runtime.call_after_error = call_and_trace
+        if frame.f_code.co_filename == script:
+            names = frame.f_globals
+            frame.f_trace = trace
+            sys.settrace(trace)
+    atexit.register = register_and_trace
 
 
 def list_positions(out_dir, *options, processes=1, rank="0"):
