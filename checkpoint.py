@@ -8,6 +8,7 @@ A checkpoint is a dict of tensors and plain values. Its keys `model`, `optimizer
 import contextlib
 import glob
 import json
+import math
 import os
 import pickle
 import re
@@ -79,8 +80,8 @@ def load_checkpoint(path):
             checkpoint["config"].pop("dtype", None)
         checkpoint["model"] = weights
         # a tensor in nanoGPT's, or nan
-        checkpoint["best_val_loss"] = min(1e9, float(checkpoint["best_val_loss"]))
-        nanogpt_lacks = dict(scaler={}, wandb_id=None, tokenizer=None, data=None)
+        checkpoint["best_val_loss"] = min(math.inf, float(checkpoint["best_val_loss"]))
+        nanogpt_lacks = dict(scaler={}, wandb_id=None, tokenizer=None, data={})
         return nanogpt_lacks | checkpoint
     except Exception as error:  # a damaged file can raise anything
         raise UserError(f"cannot use the checkpoint {path!r}: {error!r}") from None

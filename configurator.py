@@ -19,7 +19,6 @@ import traceback
 
 PLAIN_TYPES = (bool, int, float, str)
 given_settings = set()  # names that a config file or the command line has set
-config_files = []  # paths of the config files that have run
 
 
 class UserError(ValueError):
@@ -94,7 +93,6 @@ def run_config_file(path, config):
     except (OSError, UnicodeError) as error:
         raise UserError(f"cannot read the config file {path!r} ({error}); arguments are config "
                         "files or --key=value") from None
-    config_files.append(path)
     # Settings are passed as builtins: the file can read them, and its globals are what it assigns.
     names = {"__name__": "__config__", "__file__": path, "__builtins__": vars(builtins) | config}
     exec(compile(source, path, "exec"), names)
@@ -181,9 +179,9 @@ def excepthook(kind, error, trace):
     """
     message = " ".join(str(error).split())[:1000]
     text = "".join(traceback.format_exception(kind, error, trace)).strip()
-    files = [frame.filename for frame in traceback.extract_tb(trace)]
-    in_config_file = any(file in config_files for file in files)  # its traceback names the line
-    names_file = isinstance(error, OSError) and error.filename is not None and not in_config_file
+    modules = [frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(trace)]
+    is_of_config = "__config__" in modules  # its traceback names the line
+    names_file = isinstance(error, OSError) and error.filename is not None and not is_of_config
     peer_lost = re.search("^Dist|gloo|NCCL|Connection|Broken pipe", f"{kind.__name__} {message}")
     if kind is BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python would try to flush it at the end
@@ -198,6 +196,5 @@ def excepthook(kind, error, trace):
     print(printable(text), file=sys.stderr)
 
 
-if __name__ == "__main__":  # exec'd by a script, as nanoGPT's scripts do
-    sys.exit("error: import the configurator instead: from configurator import configure, "
-             "then config = configure(globals()) below the settings")
+if __name__ == "__main__":  # exec'd in a script, as nanoGPT's are
+    configure(globals())

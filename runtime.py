@@ -96,7 +96,9 @@ def check_same(**values):
 
 
 def wrap_ddp(model, dropout):
-    """The model in DistributedDataParallel, which averages the gradients of all processes."""
+    """The model in DistributedDataParallel, which averages the gradients, if there are others."""
+    if not dist.is_initialized():
+        return model
     if dropout > 0:  # a graph split at DDP's buckets would draw other dropout masks
         torch._dynamo.config.optimize_ddp = False
     # find_unused_parameters keeps DDP from changing its buckets, and with them the order of sums,
@@ -124,8 +126,6 @@ stop_signal = 0  # the number of the signal that asked this process to stop
 
 def catch_signals():
     """From here on, signals set `stop_signal`; a second Ctrl-C ends the process at once."""
-    global stop_signal
-    stop_signal = 0
     for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"):
         number = getattr(signal, name, None)  # Windows lacks some
         if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup

@@ -31,10 +31,9 @@ from checkpoint import back_up, read_checkpoint, restore, save_checkpoint, trim_
 from configurator import UserError, check_choice, check_ranges, configure, restore_settings
 from data import common, vocab
 from model import GPT, GPTConfig, load_model
-from plot import draw_losses
 
 # output
-out_dir = 'out'  # for ckpt.pt, last.pt, log.csv, loss.png
+out_dir = 'out'  # for ckpt.pt, last.pt, log.csv
 eval_interval = 2000  # updates between evaluations
 log_interval = 1  # updates between log lines
 eval_iters = 200  # batches of each split in an evaluation; 0: all of val, and as much of train
@@ -181,20 +180,16 @@ if checkpoint:
     model_args = dict(checkpoint["model_args"], dropout=dropout)
     model = GPT.from_state(model_args, checkpoint["model"])
 elif init_from in ("scratch", "auto"):
-    vocab_size = vocabulary["vocab_size"]
-    if vocabulary == vocab.GPT2:
-        vocab_size = 50304  # a multiple of 64, for speed
+    # 50304: a multiple of 64, for speed
+    vocab_size = 50304 if vocabulary == vocab.GPT2 else vocabulary["vocab_size"]
     model_args = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size,
                       bias=bias, vocab_size=vocab_size, dropout=dropout)
     model = GPT(GPTConfig(**model_args))
     tokenizer = vocabulary["tokenizer"]
 else:
-    model, other_run = load_model(init_from, out_dir, dropout=dropout)
-    if other_run:
-        tokenizer = vocab.run_tokenizer(other_run)
-    else:
-        tokenizer = vocab.read_vocabulary(init_from, vocab.UNKNOWN)["tokenizer"]
+    model, _ = load_model(init_from, out_dir, dropout=dropout)
     model.train().crop_block_size(block_size)
+    tokenizer = vocab.read_vocabulary(init_from, vocab.UNKNOWN)["tokenizer"]
 model.to(device)
 model.gradient_checkpointing = gradient_checkpointing
 model_args = dataclasses.asdict(model.config)
@@ -209,7 +204,7 @@ state = dict(
                                          optimizer_type),
     scaler=torch.amp.GradScaler(device_type, enabled=dtype == "float16"),
     iter_num=0,  # updates so far
-    best_val_loss=1e9,
+    best_val_loss=math.inf,
     wandb_id=None,
 )
 if optimizer_type == "muon":
@@ -218,11 +213,10 @@ saved_iter = None  # the iteration of the latest ckpt.pt or last.pt
 if checkpoint:
     restore(state, checkpoint)
     saved_iter = state["iter_num"]
-    data_of_run = checkpoint["data"] or {}  # nanoGPT's checkpoints have none
-    if not data_of_run.items() <= data_fingerprint.items():
+    if not checkpoint["data"].items() <= data_fingerprint.items():
         print(f"note: the data set {dataset!r} is not the one that the checkpoint was trained on; "
               "the best val loss starts anew")
-        state["best_val_loss"] = 1e9  # losses cannot be compared
+        state["best_val_loss"] = math.inf  # losses cannot be compared
     checkpoint = None  # frees the memory
 scaler = state["scaler"]
 optimizers = [value for value in state.values() if isinstance(value, torch.optim.Optimizer)]
@@ -232,9 +226,7 @@ settings = {key: config[key] for key in config.keys() - may_differ}
 runtime.check_same(iter_num=state["iter_num"], settings=settings, data=data_fingerprint)
 
 compiled_model = torch.compile(model) if compile else model
-ddp_model = compiled_model
-if world_size > 1 and not eval_only:
-    ddp_model = runtime.wrap_ddp(compiled_model, dropout)
+ddp_model = compiled_model if eval_only else runtime.wrap_ddp(compiled_model, dropout)
 
 # ---- evaluation and learning rate ----
 
@@ -294,9 +286,8 @@ def get_lr(iteration):
 
 COLUMNS = "iter train_loss val_loss loss lr grad_norm tokens_per_s time_ms mfu".split()
 log_path = os.path.join(out_dir, "log.csv")
-updating = False  # the weights are being changed: they belong to no iteration
-is_finite = True  # the latest val loss
-skipped_in_a_row = 0  # updates that were not finite; nothing is saved while they go on
+is_good = True  # the weights, to be saved: not while they change, or while updates are skipped
+skipped_in_a_row = 0  # updates that were not finite
 buffers = []  # copies from before the update under way: a forward pass may change them
 wandb_run = None
 resume_command = f"python train.py --out_dir={shlex.quote(out_dir)} --init_from=resume"
@@ -327,7 +318,6 @@ def save(name, on_any_process=False):
 
 def save_after_error():
     """Writes last.pt after an error in the loop, so that no finished update is lost."""
-    is_good = not updating and is_finite and skipped_in_a_row == 0
     if is_good and state["iter_num"] not in (0, saved_iter):
         for buffer, old in zip(model.buffers(), buffers, strict=True):
             buffer.copy_(old)
@@ -341,8 +331,6 @@ print(f"{num_params:.2f}M parameters, {tokens_per_iter:,} tokens per iteration, 
       f"{state['iter_num']}")
 if decay_lr and min_lr == 0 and lr_decay_iters < max_iters:
     print(f"note: max_iters={max_iters}, but the learning rate is 0 from {lr_decay_iters=} on")
-if 0 < max_iters <= state["iter_num"] and not eval_only:
-    print(f"this run is complete: give larger --max_iters and --lr_decay_iters than {max_iters}")
 if not eval_only:
     if master_process and wandb_log:
         wandb_run = runtime.start_wandb(wandb_project, wandb_run_name, config, state["wandb_id"])
@@ -384,8 +372,7 @@ while True:
         if eval_only:
             print(line)
             break
-        is_finite = math.isfinite(losses["val"])
-        is_good = is_finite and skipped_in_a_row == 0
+        is_good = math.isfinite(losses["val"]) and skipped_in_a_row == 0
         # <=: after an error while ckpt.pt was saved, the resumed run has an equal loss.
         is_best = is_good and losses["val"] <= state["best_val_loss"]
         if is_best:
@@ -453,7 +440,7 @@ while True:
         print(line)
 
     # ---- the update: an error in here leaves weights that belong to no iteration ----
-    updating = True
+    is_good = False
     if math.isfinite(loss + grad_norm):
         if grad_clip > 0 and grad_norm > grad_clip:
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, total_norm)
@@ -462,28 +449,27 @@ while True:
         skipped_in_a_row = 0
     else:  # on all processes: nothing that is not finite may reach the weights
         skipped_in_a_row += 1
-        print(f"iter {iter_num}: loss or gradient is not finite, update skipped "
-              f"({skipped_in_a_row} in a row)")
+        print(f"iter {iter_num}: not finite, update skipped ({skipped_in_a_row} in a row)")
     scaler.update()
     state["iter_num"] += 1
-    updating = False
+    is_good = skipped_in_a_row == 0
     # ---- to here ----
     model.zero_grad()
     if skipped_in_a_row == 25 and master_process:  # float16 skips up to 17 to find its scale
         raise UserError(f"loss or gradient is not finite at iteration {iter_num}; to go on from "
-                        f"iteration {saved_iter or 0}: {resume_command}, with a lower "
-                        "learning_rate, another dtype or --compile=False")
+                        f"iteration {saved_iter or 0} with a lower rate or in float32: "
+                        f"{resume_command}")
     if stopping:
         break
 
 # ---- the end ----
 
-exit_code = 0 if is_finite else 1
+exit_code = 0 if stopping or math.isfinite(losses["val"]) else 1
 if not eval_only:
-    if is_finite and skipped_in_a_row == 0 and saved_iter != state["iter_num"]:
+    if is_good and saved_iter != state["iter_num"]:
         save("last.pt")
-    best = f"best val loss {state['best_val_loss']:.4f}, " if state["best_val_loss"] < 1e9 else ""
-    print(f"{best}time {datetime.timedelta(seconds=int(time.perf_counter() - start_time))}")
+    print(f"best val loss {state['best_val_loss']:.4f}, "
+          f"time {datetime.timedelta(seconds=int(time.perf_counter() - start_time))}")
     if stopping:
         number = runtime.stop_signal or signal.SIGTERM  # another process may have got it
         exit_code = 128 + number
@@ -491,11 +477,6 @@ if not eval_only:
               f"{saved_iter or 0}: {resume_command}")
     else:
         print(f"to sample: python sample.py --out_dir={shlex.quote(out_dir)}")
-if master_process and not eval_only:
-    try:
-        draw_losses([out_dir], os.path.join(out_dir, "loss.png"))
-    except Exception as error:  # a picture is no reason to fail
-        print(f"note: loss.png was not drawn: {error}")
-    if wandb_run:
-        wandb_run.finish(exit_code)
+if wandb_run:
+    wandb_run.finish(exit_code)
 runtime.close(exit_code, device)

@@ -99,10 +99,9 @@ def read_vocabulary(path, default=None):
             tokenizer = characters(itos)["tokenizer"] if itos else None
             return dict(vocab_size=int(meta["vocab_size"]), tokenizer=tokenizer)
         if file.suffix == ".pt":
-            import torch
-            run = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            tokenizer = run_tokenizer(run)
-            return dict(vocab_size=run["model_args"]["vocab_size"], tokenizer=tokenizer)
+            from checkpoint import read_checkpoint  # imports torch
+            run = read_checkpoint(str(file.parent), best=True)
+            return dict(vocab_size=run["model_args"]["vocab_size"], tokenizer=run_tokenizer(run))
         return read_tokenizer(file)
     except Exception as error:  # a damaged file can raise anything
         raise UserError(f"cannot read a tokenizer from {str(file)!r}: {type(error).__name__}: "

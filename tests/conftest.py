@@ -52,7 +52,6 @@ atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 ON_GPU = dict(os.environ)  # for the tests marked `cuda`, in processes of their own
 HAS_GPU = find_gpu()
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # autograd starts a thread per GPU, and forks have none
-sys.modules["matplotlib"] = None  # as if it were missing: drawing loss.png takes longer than a run
 
 TINY = """
     --n_layer=2 --n_head=2 --n_embd=16 --block_size=8 --batch_size=3 --gradient_accumulation_steps=4
@@ -120,7 +119,7 @@ def run(monkeypatch, capfd):
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
         monkeypatch.setattr(common, "lock_folder", remember_lock)
         at_exit = []
-        monkeypatch.setattr(atexit, "register", at_exit.append)
+        monkeypatch.setattr(atexit, "register", lambda function, *_: at_exit.append(function))
         hooks, stdout = (sys.excepthook, sys.unraisablehook), sys.stdout
         handlers = {number: signal.getsignal(number) for number in SIGNALS}
         try:
@@ -130,7 +129,8 @@ def run(monkeypatch, capfd):
             raise
         finally:
             for function in at_exit:
-                function()
+                if function.__module__ == "__main__":  # not wandb's
+                    function()
             run.out, run.err = capfd.readouterr()
             for number, handler in handlers.items():
                 signal.signal(number, handler)

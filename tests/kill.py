@@ -32,7 +32,6 @@ from conftest import (
     world,
 )
 
-import runtime
 from checkpoint import load_checkpoint
 from model import GPT
 
@@ -115,7 +114,7 @@ def call_at_lines(function):
             return None
         if event == "line":
             function(Position(code.co_name, frame.f_lineno, names["state"]["iter_num"],
-                              names["saved_iter"], names["updating"]))
+                              names["saved_iter"], not names["is_good"]))
         return trace
 
     register = atexit.register

@@ -185,7 +185,7 @@ def test_a_new_field_of_the_config_and_settings_of_any_value(copy, unedited):
 
 @pytest.mark.parametrize("slip, message, before, saved_iter", [
     ("a, b, c = model(x, y)", "not enough values to unpack (expected 3, got 2)", IN_LOOP, 5),
-    ("raise ValueError('mine')", "mine", "    updating = True\n", 5),
+    ("raise ValueError('mine')", "mine", "    is_good = False\n", 5),
     ("int('x')", "invalid literal for int() with base 10: 'x'", "    scaler.update()\n", 3),
 ])
 def test_a_slip_shows_its_line_and_loses_nothing(copy, unedited, slip, message, before, saved_iter):

@@ -38,7 +38,7 @@ def test_nonfinite_updates_are_skipped_and_counted(
         train, run, tmp_path, monkeypatch, where, options):
     poison(monkeypatch, {4 * 2 + 1, 4 * 4, 4 * 5}, where)  # one micro-batch of updates 2, 4 and 5
     train("a", *options)
-    pattern = r"iter (\d+): loss or gradient is not finite, update skipped \((\d) in a row\)"
+    pattern = r"iter (\d+): not finite, update skipped \((\d) in a row\)"
     assert re.findall(pattern, run.out) == [("2", "1"), ("4", "1"), ("5", "2")]
     saved = newest(tmp_path / "a")
     assert saved["iter_num"] == 8 and updates_made(saved) == 5
@@ -54,7 +54,7 @@ def test_25_in_a_row_end_the_run_and_nothing_is_written(train, tmp_path, monkeyp
     options = ["--max_iters=29", "--eval_interval=2"]
     with monkeypatch.context() as patch:
         poison(patch, range(4 * 3, 10000), "gradients")  # from update 3 on
-        named = "not finite at iteration 27; to go on from iteration 2: .*--init_from=resume, with"
+        named = "not finite at iteration 27; to go on from iteration 2 with .*--init_from=resume"
         with pytest.raises(ValueError, match=named):
             train("a", *options)
     assert newest(tmp_path / "a")["iter_num"] == 2 and not (tmp_path / "a/last.pt").exists()
@@ -63,7 +63,7 @@ def test_25_in_a_row_end_the_run_and_nothing_is_written(train, tmp_path, monkeyp
 
 
 def test_a_model_that_has_exploded_is_not_saved(train, tmp_path):
-    with pytest.raises(ValueError, match="at iteration 25; to go on from iteration 0"):
+    with pytest.raises(ValueError, match="at iteration 25; to go on from iteration 0 with"):
         # the first update multiplies the weights by 1e18
         train("a", "--learning_rate=1e9", "--weight_decay=1e9", "--warmup_iters=0",
               "--grad_clip=0.0", "--max_iters=40", "--eval_interval=2")

@@ -1,7 +1,6 @@
 """log.csv to a picture."""
 
 import shutil
-import sys
 
 import pytest
 
@@ -13,16 +12,6 @@ LOG = """iter,train_loss,val_loss,loss,lr
 1,,,4.0,0.2
 2,3.5,3.6,,0.2
 """
-
-@pytest.fixture(scope="module", autouse=True)
-def matplotlib():
-    """Can be imported by these tests only: conftest.py hides it from the others."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delitem(sys.modules, "matplotlib")
-        yield
-    for name in list(sys.modules):
-        if name.startswith("matplotlib."):
-            del sys.modules[name]
 
 
 @pytest.fixture

@@ -1,12 +1,9 @@
 """The machine as seen through environment variables and a made-up torch.cuda."""
 
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT
 
 import runtime
 from runtime import choose_device, compiler_works, process_ranks, setup_device

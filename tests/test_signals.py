@@ -106,7 +106,6 @@ def test_a_stopped_process_goes_on_exactly(dataset, undisturbed, tmp_path, numbe
     for line in ("M parameters, ", "step 0:", "iter 7:", f"stopped by {number.name}; to go on "):
         assert out.count(line) == 1
     assert out.endswith(f"python train.py --out_dir='{out_dir}' --init_from=resume\n")
-    assert (out_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert 10 < newest(out_dir)["iter_num"] < 60
     world(processes, *options, "--init_from=resume")
     assert_same_run(out_dir, undisturbed[processes])
