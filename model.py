@@ -42,7 +42,7 @@ class GPTConfig:
 
 
 def linear(n_in, n_out, bias, std=0.02):
-    """nn.Linear with weights from N(0, std²), biases 0, and without torch's initialization."""
+    """nn.Linear, initialized here only: weights from N(0, std²), biases 0."""
     layer = skip_init(nn.Linear, n_in, n_out, bias=bias)
     nn.init.normal_(layer.weight, std=std)
     if bias:
@@ -124,7 +124,7 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        # note: OpenAI trained with the tanh approximation of GELU; the exact one changes the logits
+        # note: OpenAI trained with this approximation of GELU; the exact one changes the logits
         x = F.gelu(self.c_fc(x), approximate="tanh")
         return self.dropout(self.c_proj(x))
 
@@ -162,8 +162,8 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None, caches=None):
         """
-        Maps token ids `idx` (B, T) to (logits, None), logits (B, T, V). With `targets` (B, T), -1
-        being ignored, returns (None, mean cross entropy in nats): the logits can then be freed.
+        Maps token ids `idx` (B, T) to (logits (B, T, V), None), or with `targets` (B, T), where -1
+        is ignored, to (None, mean cross entropy in nats): the logits can then be freed.
         With `caches` (one a layer) `idx` is the prompt, then single tokens; logits are the last.
         """
         start = max(cache.length for cache in caches) if caches else 0
@@ -174,7 +174,7 @@ class GPT(nn.Module):
         x = self.transformer.drop(x)
         for layer, block in enumerate(self.transformer.h):
             if self.gradient_checkpointing and self.training:
-                x = recompute(block, x, use_reentrant=False)  # again, in the backward pass
+                x = recompute(block, x, use_reentrant=False)
             else:
                 x = block(x, caches[layer] if caches else None)
         if caches:
@@ -226,8 +226,7 @@ class GPT(nn.Module):
 
     def crop_block_size(self, block_size):
         """Shortens the context to `block_size` tokens, for finetuning on shorter sequences."""
-        if not 1 <= block_size <= self.config.block_size:
-            raise UserError(f"block_size={block_size} must be from 1 to {self.config.block_size}")
+        check_ranges(dict(block_size=block_size), "block_size", 1, self.config.block_size)
         self.config.block_size = block_size
         weight = self.transformer.wpe.weight[:block_size].detach().clone()
         self.transformer.wpe.weight = nn.Parameter(weight)
@@ -238,8 +237,8 @@ class GPT(nn.Module):
     def generate_stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None,
                         vocab_limit=None):
         """
-        Continues the sequences `idx` (B, T), T >= 1: yields the next token of each, (B, 1), up to
-        `max_new_tokens` times.
+        Continues the sequences `idx` (B, T), T >= 1: yields `max_new_tokens` times the next token
+        of each, (B, 1).
 
         temperature   divides the logits; 0 is greedy
         top_k         draws from the k most probable tokens (None or 0: all)
@@ -248,7 +247,7 @@ class GPT(nn.Module):
         vocab_limit   tokens from this id on, the padding of the vocabulary, are never drawn
 
         Keys and values are cached. When the context is full, its later half is read again as a new
-        one, so greedy tokens equal those of the plain forward pass up to block_size tokens.
+        one: up to block_size tokens, greedy tokens equal those of the plain forward pass.
         """
         block_size = self.config.block_size
         capacity = min(block_size, idx.size(1) + max_new_tokens)

@@ -152,14 +152,16 @@ def stop_requested():
     return store.check(["stop"])
 
 
-def start_wandb(project, name, config, run_id):
-    """A run on wandb, or with `run_id` the one to continue."""
+def start_wandb(project, name, config, state):
+    """A run on wandb: that of state["wandb_id"], or a new one, whose id is put there."""
     import wandb
     try:
-        run = wandb.init(project=project, name=name, config=config, id=run_id, resume="allow")
+        run = wandb.init(project=project, name=name, config=config, id=state["wandb_id"],
+                         resume="allow")
     except wandb.Error as error:
         raise UserError(f"wandb: {error} (WANDB_MODE=offline needs no account)") from None
     run.define_metric("*", step_metric="iter")
+    state["wandb_id"] = run.id
     return run
 
 

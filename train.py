@@ -88,9 +88,6 @@ config = configure(globals())
 rank, local_rank, world_size = runtime.process_ranks()
 master_process = rank == 0  # the one that prints, logs and saves
 
-run_lock = None
-if master_process and not eval_only and os.path.isdir(out_dir):
-    run_lock = common.lock_folder(out_dir)  # before the checkpoint is read
 checkpoint = None
 if init_from in ("resume", "auto"):
     checkpoint = read_checkpoint(out_dir, required=init_from == "resume")
@@ -196,8 +193,8 @@ model_args = dataclasses.asdict(model.config)
 config.update(model_args, device=device, dtype=dtype, compile=compile, backend=backend)
 vocab.check_vocabulary(dataset, vocabulary, model.config.vocab_size, tokenizer)
 
-# What a run carries from one update to the next. Whatever is added here, a thing with a state_dict
-# or a plain value, is saved in checkpoints and restored from them.
+# What a run carries from one update to the next. Whatever is added, a thing with a state_dict or a
+# plain value, is saved in checkpoints and restored.
 state = dict(
     model=model,
     optimizer=model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type,
@@ -214,9 +211,8 @@ if checkpoint:
     restore(state, checkpoint)
     saved_iter = state["iter_num"]
     if not checkpoint["data"].items() <= data_fingerprint.items():
-        print(f"note: the data set {dataset!r} is not the one that the checkpoint was trained on; "
-              "the best val loss starts anew")
-        state["best_val_loss"] = math.inf  # losses cannot be compared
+        print(f"note: {dataset!r} is not the checkpoint's data set; the best val loss starts anew")
+        state["best_val_loss"] = math.inf
     checkpoint = None  # frees the memory
 scaler = state["scaler"]
 optimizers = [value for value in state.values() if isinstance(value, torch.optim.Optimizer)]
@@ -250,7 +246,7 @@ def estimate_loss():
                 numbers = np.minimum(numbers, num_eval_sequences - 1)
                 x, y = load_sequences(split, numbers * block_size)
                 y = y.clone()  # x and y share memory
-                y[num_eval_sequences - k * batch_size:] = -1  # none, unless it is the last batch
+                y[num_eval_sequences - k * batch_size:] = -1  # in the last batch
             seed_torch(stream, k)
             with autocast:
                 _, loss = compiled_model(x, y)
@@ -266,7 +262,7 @@ def estimate_loss():
 def get_lr(iteration):
     """
     Learning rate of an update: linear warm-up, then half a cosine down to min_lr (Loshchilov &
-    Hutter 2017), or for 'wsd' constant, then a linear decay (Hu et al. 2024, MiniCPM).
+    Hutter 2017), or for 'wsd' constant, then a linear decay (Hu et al. 2024).
     """
     if not decay_lr:
         return learning_rate
@@ -286,7 +282,7 @@ def get_lr(iteration):
 
 COLUMNS = "iter train_loss val_loss loss lr grad_norm tokens_per_s time_ms mfu".split()
 log_path = os.path.join(out_dir, "log.csv")
-is_good = True  # the weights, to be saved: not while they change, or while updates are skipped
+is_good = True  # whether the weights may be saved: not while they change or updates are skipped
 skipped_in_a_row = 0  # updates that were not finite
 buffers = []  # copies from before the update under way: a forward pass may change them
 wandb_run = None
@@ -332,15 +328,14 @@ print(f"{num_params:.2f}M parameters, {tokens_per_iter:,} tokens per iteration, 
 if decay_lr and min_lr == 0 and lr_decay_iters < max_iters:
     print(f"note: max_iters={max_iters}, but the learning rate is 0 from {lr_decay_iters=} on")
 if not eval_only:
-    if master_process and wandb_log:
-        wandb_run = runtime.start_wandb(wandb_project, wandb_run_name, config, state["wandb_id"])
-        state["wandb_id"] = wandb_run.id
-    state["wandb_id"] = runtime.broadcast(state["wandb_id"])
     if master_process:
-        run_lock = run_lock or common.lock_folder(out_dir)
+        run_lock = common.lock_folder(out_dir)  # until this process ends
+        if wandb_log:
+            wandb_run = runtime.start_wandb(wandb_project, wandb_run_name, config, state)
         if saved_iter is None:
             back_up(out_dir)
         trim_log(log_path, COLUMNS, state["iter_num"])
+    state["wandb_id"] = runtime.broadcast(state["wandb_id"])
     runtime.catch_signals()
     atexit.register(save_after_error)  # after a normal end it finds the state saved
 
@@ -432,7 +427,7 @@ while True:
         if not math.isnan(mfu):
             line += f", mfu {mfu:.2%}"
         line += f", {tokens_per_s:,.0f} tokens/s"
-        if iter_num > first_iter:  # the first update is a slow one
+        if iter_num > first_iter:  # the first one is slow
             eta = datetime.timedelta(seconds=int((max_iters - iter_num - 1) * dt))
             line += f", {eta} left"
         log_metrics(iter=iter_num, loss=loss, lr=lr, grad_norm=grad_norm,
@@ -447,7 +442,7 @@ while True:
         for optimizer in optimizers:
             scaler.step(optimizer)
         skipped_in_a_row = 0
-    else:  # on all processes: nothing that is not finite may reach the weights
+    else:  # on all processes: what is not finite may not reach the weights
         skipped_in_a_row += 1
         print(f"iter {iter_num}: not finite, update skipped ({skipped_in_a_row} in a row)")
     scaler.update()
@@ -456,9 +451,8 @@ while True:
     # ---- to here ----
     model.zero_grad()
     if skipped_in_a_row == 25 and master_process:  # float16 skips up to 17 to find its scale
-        raise UserError(f"loss or gradient is not finite at iteration {iter_num}; to go on from "
-                        f"iteration {saved_iter or 0} with a lower rate or in float32: "
-                        f"{resume_command}")
+        raise UserError(f"not finite at iteration {iter_num}; to go on from iteration "
+                        f"{saved_iter or 0} with a lower rate or in float32: {resume_command}")
     if stopping:
         break
 

@@ -260,7 +260,7 @@ def test_resume_on_other_data_says_so(out_dir, other_dataset, train, run):
         np.roll(tokens, 5000).tofile(other_dataset / f"{split}.bin")  # in another order
     train("a", f"--dataset={other_dataset}", "--init_from=resume", "--max_iters=5",
           "--learning_rate=9.0", "--min_lr=9.0")
-    assert f"note: the data set '{other_dataset}' is not the one that" in run.out
+    assert f"note: '{other_dataset}' is not the checkpoint's data set" in run.out
     assert newest(out_dir)["best_val_loss"] > best_val_loss  # that of the old data counts no more
 
 
