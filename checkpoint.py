@@ -130,12 +130,12 @@ def load_optimizer(optimizer, saved):
     Restores an optimizer's state; its options, such as weight decay, stay as they are set now.
     Raises UserError for the state of another optimizer or model.
     """
-    own = optimizer.state_dict()
     try:
-        for group, saved_group in zip(own["param_groups"], saved["param_groups"], strict=True):
-            group["params"] = saved_group["params"]  # torch compares their number
-            group["lr"] = saved_group["lr"]  # a scheduler in `state` may read it
-        optimizer.load_state_dict(dict(own, state=saved["state"]))
+        own_groups = optimizer.state_dict()["param_groups"]
+        # torch compares the numbers of params; a scheduler in `state` may read lr
+        groups = [dict(own, params=old["params"], lr=old["lr"])
+                  for own, old in zip(own_groups, saved["param_groups"], strict=True)]
+        optimizer.load_state_dict(dict(param_groups=groups, state=saved["state"]))
         for p, values in optimizer.state.items():
             for key, value in values.items():
                 # Fused kernels assume contiguous states of the shape of p.

@@ -12,12 +12,10 @@ import glob
 import io
 import itertools
 import json
-import multiprocessing
 import os
 import re
 import signal
 import sys
-import threading
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -41,7 +39,6 @@ out_dir = str(HERE)  # where train.bin and val.bin go
 check_ranges(configure(globals()), "num_proc", 1)
 
 REVISION = "b4325f019c648b1641a1784748667e8b74e5e064"  # commit of Skylion007/openwebtext
-KNOWN_COUNTS = {"documents": 8_013_769, "train": 9_035_582_198, "val": 4_434_897}
 BATCH = 200  # documents that a worker process tokenizes in one go
 
 
@@ -93,9 +90,9 @@ def load_documents():
         else:
             documents = datasets.load_dataset("Skylion007/openwebtext", revision=REVISION,
                                               split="train")
-            # note: if the hub fails, `datasets` falls back to any revision that its cache has
-            if REVISION not in str(documents.cache_files):
-                raise ValueError(f"the hub does not answer, and the cache lacks commit {REVISION}")
+            if len(documents) != 8_013_769:
+                raise ValueError(f"{len(documents):,} documents instead of 8,013,769: remove "
+                                 f"{datasets.config.HF_DATASETS_CACHE} and try again")
     except Exception as error:
         raise UserError(f"cannot load the documents: {error.__cause__ or error}") from None
     num_texts = len(documents) - documents.data.column("text").null_count
@@ -104,15 +101,8 @@ def load_documents():
     return documents
 
 
-def check_count(name, count):
-    """Compares a count with that of OpenWebText in GPT-2's tokens."""
-    if not files and tokens == "gpt2" and count != KNOWN_COUNTS[name]:
-        raise UserError(f"{name}: {count:,} instead of {KNOWN_COUNTS[name]:,}; a damaged download? "
-                        f"Remove {datasets.config.HF_DATASETS_CACHE} and try again")
-
-
 def start_worker(split, vocabulary):
-    """Runs first in each worker process: keeps the documents, and ends with the parent process."""
+    """Runs first in each worker process, and keeps what `tokenize` needs."""
     global worker_documents, encode, end_token
     worker_documents = split
     encode, _, _, end_token = make_tokenizer(**vocabulary)
@@ -120,11 +110,6 @@ def start_worker(split, vocabulary):
         encode = gpt2_bpe().encode_ordinary
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    def end_with_parent():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def tokenize(start):
@@ -140,7 +125,6 @@ if __name__ == "__main__":  # worker processes may import this file
     vocabulary = read_vocabulary(tokens)
     make_tokenizer(**vocabulary)  # downloads GPT-2's once for all
     documents = load_documents()
-    check_count("documents", len(documents))
     splits = documents.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
     all_skipped = []
     with common.replace_dataset(out_dir) as tmp_folder:
@@ -154,8 +138,6 @@ if __name__ == "__main__":  # worker processes may import this file
                 for ids, skipped in tqdm(batches, f"{name}.bin", len(starts), disable=None):
                     file.write(ids)
                     all_skipped += skipped
-            num_tokens = os.path.getsize(path) // 2
-            check_count(name, num_tokens)
-            print(f"{name}.bin {num_tokens:,} tokens")
+            print(f"{name}.bin {os.path.getsize(path) // 2:,} tokens")
         write_vocabulary(tmp_folder, vocabulary["tokenizer"])
     common.print_skipped(all_skipped)

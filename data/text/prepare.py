@@ -38,12 +38,9 @@ def find_files(path):
     """The files that a path stands for: in a folder all but hidden ones and data sets."""
     if not path.is_dir():
         return [path]
-    files = []
-    for inner in sorted(path.rglob("*")):
-        hidden = any(part.startswith(".") for part in inner.relative_to(path).parts)
-        if inner.is_file() and not hidden and inner.name not in common.DATASET_FILES:
-            files.append(inner)
-    return files
+    files = sorted(inner for inner in path.rglob("*") if inner.is_file())
+    return [file for file in files if file.name not in common.DATASET_FILES
+            and not any(part.startswith(".") for part in file.relative_to(path).parts)]
 
 
 if not paths:
