@@ -12,6 +12,7 @@ from configurator import UserError, check_ranges, configure, printable, set_envi
 set_environment()  # before torch is imported
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -87,6 +88,8 @@ if not ids and end_token is None:
 ids = ids or [end_token]
 prompt = torch.tensor([ids], device=device).expand(num_samples, -1)  # (B, T)
 
+if hasattr(signal, "SIGPIPE"):  # Windows has none
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends this quietly
 torch.manual_seed(seed)
 stream = model.generate_stream(prompt, max_new_tokens, temperature, top_k, top_p, num_ids)
 
