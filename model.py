@@ -1,7 +1,7 @@
 """
 The GPT-2 model: its layers, its optimizers, sampling from it.
 
-    model = GPT(GPTConfig(n_layer=6, n_head=6, n_embd=384))   new weights, from torch's generator
+    model = GPT(GPTConfig(n_layer=6, n_head=6, n_embd=384))   new weights
     model = GPT.from_pretrained('gpt2')                       OpenAI's weights, or a folder
     logits, loss = model(idx, targets)                        one of them is None
 

@@ -173,25 +173,24 @@ def get_batch(split, stream, iteration, micro_step=0):
 
 torch.manual_seed(seed)
 if checkpoint:
-    tokenizer = vocab.run_tokenizer(checkpoint)
+    model_tokenizer = vocab.run_tokenizer(checkpoint)
     model_args = dict(checkpoint["model_args"], dropout=dropout)
     model = GPT.from_state(model_args, checkpoint["model"])
 elif init_from in ("scratch", "auto"):
-    # 50304: a multiple of 64, for speed
     vocab_size = 50304 if vocabulary == vocab.GPT2 else vocabulary["vocab_size"]
     model_args = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size,
                       bias=bias, vocab_size=vocab_size, dropout=dropout)
     model = GPT(GPTConfig(**model_args))
-    tokenizer = vocabulary["tokenizer"]
+    model_tokenizer = vocabulary["tokenizer"]
 else:
     model, _ = load_model(init_from, out_dir, dropout=dropout)
     model.train().crop_block_size(block_size)
-    tokenizer = vocab.read_vocabulary(init_from, vocab.UNKNOWN)["tokenizer"]
+    model_tokenizer = vocab.read_vocabulary(init_from, vocab.UNKNOWN)["tokenizer"]
 model.to(device)
 model.gradient_checkpointing = gradient_checkpointing
 model_args = dataclasses.asdict(model.config)
 config.update(model_args, device=device, dtype=dtype, compile=compile, backend=backend)
-vocab.check_vocabulary(dataset, vocabulary, model.config.vocab_size, tokenizer)
+vocab.check_vocabulary(dataset, vocabulary, model.config.vocab_size, model_tokenizer)
 
 # What a run carries from one update to the next. Whatever is added, a thing with a state_dict or a
 # plain value, is saved in checkpoints and restored.
@@ -282,9 +281,10 @@ def get_lr(iteration):
 
 COLUMNS = "iter train_loss val_loss loss lr grad_norm tokens_per_s time_ms mfu".split()
 log_path = os.path.join(out_dir, "log.csv")
-is_good = True  # whether the weights may be saved: not while they change or updates are skipped
+is_good = True  # the weights may be saved: they don't change, and updates are not skipped
 skipped_in_a_row = 0  # updates that were not finite
-buffers = []  # copies from before the update under way: a forward pass may change them
+# copies from before the update under way, whose forward pass may change them
+buffers = [buffer.clone() for buffer in model.buffers()]
 wandb_run = None
 resume_command = f"python train.py --out_dir={shlex.quote(out_dir)} --init_from=resume"
 
@@ -321,6 +321,8 @@ def save_after_error():
         print(f"saved last.pt before iteration {saved_iter}", file=sys.stderr)
 
 
+# ---- start ----
+
 num_params = model.get_num_params(non_embedding=False) / 1e6
 print(f"{num_params:.2f}M parameters, {tokens_per_iter:,} tokens per iteration, {world_size} x "
       f"{device_type} in {dtype}, {compile=}, {torch.get_num_threads()} threads, from iteration "
@@ -337,7 +339,7 @@ if not eval_only:
         trim_log(log_path, COLUMNS, state["iter_num"])
     state["wandb_id"] = runtime.broadcast(state["wandb_id"])
     runtime.catch_signals()
-    atexit.register(save_after_error)  # after a normal end it finds the state saved
+    atexit.register(save_after_error)  # at a normal end all is saved
 
 # ---- the loop ----
 
@@ -347,7 +349,6 @@ start_time = t0 = time.perf_counter()  # t0: of the last log line, without evalu
 x, y = get_batch("train", TRAIN, first_iter, micro_steps[0])
 while True:
     iter_num = state["iter_num"]
-    buffers = [buffer.clone() for buffer in model.buffers()]
     last_step = iter_num >= max_iters
     lr = get_lr(iter_num)
 
@@ -427,7 +428,7 @@ while True:
         if not math.isnan(mfu):
             line += f", mfu {mfu:.2%}"
         line += f", {tokens_per_s:,.0f} tokens/s"
-        if iter_num > first_iter:  # the first one is slow
+        if iter_num > first_iter:  # it is slow
             eta = datetime.timedelta(seconds=int((max_iters - iter_num - 1) * dt))
             line += f", {eta} left"
         log_metrics(iter=iter_num, loss=loss, lr=lr, grad_norm=grad_norm,
@@ -447,6 +448,7 @@ while True:
         print(f"iter {iter_num}: not finite, update skipped ({skipped_in_a_row} in a row)")
     scaler.update()
     state["iter_num"] += 1
+    buffers = [buffer.clone() for buffer in model.buffers()]
     is_good = skipped_in_a_row == 0
     # ---- to here ----
     model.zero_grad()

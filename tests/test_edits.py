@@ -233,10 +233,12 @@ def test_buffers_are_saved_as_they_were_before_the_update_under_way(copy):
     copy.edit(
         ("model.py", TIED, TIED + "        self.register_buffer('steps', torch.zeros(()))\n"),
         ("model.py", start, "        self.steps += self.training\n" + start),
-        ("train.py", UPDATE, "    assert iter_num < 5\n" + UPDATE))
-    copy.train("a", code=1)
-    saved = copy.newest("a")
-    assert saved["iter_num"] == 5 and saved["model"]["steps"] == 5 * 4
+        ("train.py", UPDATE, "    assert iter_num < 5\n" + UPDATE),
+        ("train.py", "    model.zero_grad()\n", "    assert iter_num != seed\n"))
+    for seed, iter_num in (9, 5), (3, 4):  # before the update, and after it
+        copy.train("a", f"--seed={seed}", code=1)
+        saved = copy.newest("a")
+        assert saved["iter_num"] == iter_num and saved["model"]["steps"] == iter_num * 4
 
 
 def test_a_checkpoint_that_nothing_could_read_is_named_when_it_is_written(copy):
