@@ -31,18 +31,21 @@ ONE_CHARACTER = r"[\s\S]"  # the regular expression by which a tokenizer of char
 # ---- new vocabularies ----
 
 
-def characters(itos):
-    """The vocabulary of characters, `itos` {id: character}."""
+def character_tokenizer(itos):
+    """The tokenizer of characters, `itos` {id: character}; None if there are none."""
+    if not itos:
+        return None
     split = dict(type="Split", pattern=dict(Regex=ONE_CHARACTER), behavior="Isolated", invert=False)
     model = dict(type="WordLevel", vocab={itos[i]: i for i in sorted(itos)}, unk_token="")
     content = dict(version="1.0", truncation=None, padding=None, added_tokens=[], normalizer=None,
                    pre_tokenizer=split, post_processor=None, decoder=dict(type="Fuse"), model=model)
-    return dict(vocab_size=len(itos), tokenizer=json.dumps(content, ensure_ascii=False))
+    return json.dumps(content, ensure_ascii=False)
 
 
 def characters_of(text):
     """The vocabulary of the characters in a text, sorted."""
-    return characters(dict(enumerate(sorted(set(text) or {"\n"}))))
+    itos = dict(enumerate(sorted(set(text) or {"\n"})))
+    return dict(vocab_size=len(itos), tokenizer=character_tokenizer(itos))
 
 
 def stoi_of(tokenizer):
@@ -82,35 +85,31 @@ def read_vocabulary(path, default=None):
         return GPT2
     path = Path(path)
     names = ("tokenizer.json", "meta.pkl", "ckpt.pt", "last.pt")
-    files = [path, *(path / name for name in names)]
-    files = [file for file in files if file.is_file()]
-    if not files and ((path / "train.bin").exists() or (path / "merges.txt").exists()):
+    for file in (path, *(path / name for name in names)):
+        if file.is_file():
+            try:
+                return read_vocabulary_file(file)
+            except Exception as error:  # a damaged file can raise anything
+                raise UserError(f"cannot read a tokenizer from {str(file)!r}: {error!r}") from None
+    if (path / "train.bin").exists() or (path / "merges.txt").exists():
         return GPT2  # a data set, or an exported model
-    if not files and default is None:
+    if default is None:
         raise UserError(f"{str(path)!r} has no tokenizer: name a tokenizer.json, or the folder of "
                         "a data set, a model or a run that has its own")
-    if not files:
-        return default
-    file = files[0]
-    try:
-        if file.suffix == ".pkl":
-            meta = PlainUnpickler(open(file, "rb")).load()
-            itos = {int(i): str(character) for i, character in meta.get("itos", {}).items()}
-            tokenizer = characters(itos)["tokenizer"] if itos else None
-            return dict(vocab_size=int(meta["vocab_size"]), tokenizer=tokenizer)
-        if file.suffix == ".pt":
-            from checkpoint import read_checkpoint  # imports torch
-            run = read_checkpoint(str(file.parent), best=True)
-            return dict(vocab_size=run["model_args"]["vocab_size"], tokenizer=run_tokenizer(run))
-        return read_tokenizer(file)
-    except Exception as error:  # a damaged file can raise anything
-        raise UserError(f"cannot read a tokenizer from {str(file)!r}: {type(error).__name__}: "
-                        f"{error}") from None
+    return default
 
 
-def read_tokenizer(path):
+def read_vocabulary_file(file):
+    if file.suffix == ".pkl":
+        meta = PlainUnpickler(open(file, "rb")).load()
+        itos = {int(i): str(character) for i, character in meta.get("itos", {}).items()}
+        return dict(vocab_size=int(meta["vocab_size"]), tokenizer=character_tokenizer(itos))
+    if file.suffix == ".pt":
+        from checkpoint import read_checkpoint  # imports torch
+        run = read_checkpoint(str(file.parent), best=True)
+        return dict(vocab_size=run["model_args"]["vocab_size"], tokenizer=run_tokenizer(run))
     from tokenizers import Tokenizer
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = json.loads(file.read_text(encoding="utf-8"))
     content.update(truncation=None, padding=None, post_processor=None)  # just the text's tokens
     tokenizer = json.dumps(content, ensure_ascii=False)
     ids = Tokenizer.from_str(tokenizer).get_vocab()
@@ -124,13 +123,10 @@ def read_tokenizer(path):
 
 def run_tokenizer(checkpoint):
     """The tokenizer in a checkpoint; None for nanoGPT's, which have none."""
-    tokenizer = checkpoint.get("tokenizer")
-    if tokenizer is None and "itos" in checkpoint:  # before version 0.11
+    if checkpoint["tokenizer"] is None and "itos" in checkpoint:  # before version 0.11
         itos = checkpoint["itos"]
-        if itos is None:
-            return "gpt2"
-        return characters(itos)["tokenizer"] if itos else None
-    return tokenizer
+        return "gpt2" if itos is None else character_tokenizer(itos)
+    return checkpoint["tokenizer"]
 
 
 def write_vocabulary(folder, tokenizer):

@@ -376,7 +376,7 @@ def test_characters_of_any_script_are_written(tmp_path):
     text = "aé日🙂\n" * 500
     write_characters(tmp_path, text, val_frac=0.2)
     itos = dict(enumerate("\naé日🙂"))
-    assert vocab.read_vocabulary(tmp_path) == vocab.characters(itos)
+    assert vocab.read_vocabulary(tmp_path) == vocab.characters_of(text)
     expected = [1, 2, 3, 4, 0] * 500
     assert read_ids(tmp_path) == [expected[:2000], expected[2000:]]
     meta = pickle.loads((tmp_path / "meta.pkl").read_bytes())  # what nanoGPT reads
@@ -401,9 +401,10 @@ def test_damaged_meta_is_named_and_no_code_is_run(tmp_path, monkeypatch, content
 
 def test_vocabularies_come_from_meta_or_are_gpt2s(tmp_path):
     itos = dict(enumerate("ehlo"))
+    characters = vocab.characters_of("hello")
     for meta, expected in (
-        ({"vocab_size": 4, "itos": itos}, vocab.characters(itos)),
-        ({"vocab_size": 64, "itos": itos}, vocab.characters(itos) | dict(vocab_size=64)),
+        ({"vocab_size": 4, "itos": itos}, characters),
+        ({"vocab_size": 64, "itos": itos}, characters | dict(vocab_size=64)),
         ({"vocab_size": 50257}, dict(vocab_size=50257, tokenizer=None)),  # an unknown tokenizer
     ):
         (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
@@ -468,7 +469,7 @@ def test_the_fingerprint_of_a_large_file_is_that_of_1024_pages_at_most(tmp_path)
 
 def test_characters_round_trip():
     itos = dict(enumerate("dehlorwö "))
-    tokenizer = vocab.characters(itos)["tokenizer"]
+    tokenizer = vocab.character_tokenizer(itos)
     encode, decode, n_vocab, end_token = vocab.make_tokenizer(tokenizer, 9)
     assert decode(encode("hello wörld")) == "hello wörld"
     assert (n_vocab, end_token) == (9, None)

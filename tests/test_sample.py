@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import newest, spawn
 
-from data.vocab import characters, gpt2_bpe, make_tokenizer
+from data.vocab import character_tokenizer, gpt2_bpe, make_tokenizer
 from model import GPT, GPTConfig
 
 RULE = "-" * 15 + "\n"  # after each sample
@@ -96,7 +96,7 @@ def test_a_terminal_gets_what_it_can_show_and_a_pipe_utf8(
         sample, out_dir, monkeypatch, num_samples, is_terminal):
     """On a computer whose encoding is ASCII. Control characters reach neither."""
     saved = torch.load(out_dir / "ckpt.pt", weights_only=True)
-    saved["tokenizer"] = characters({i: "β\x1b"[i % 2] for i in range(28)})["tokenizer"]
+    saved["tokenizer"] = character_tokenizer({i: "β\x1b"[i % 2] for i in range(28)})
     torch.save(saved, out_dir / "ckpt.pt")
     stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     stdout.isatty = lambda: is_terminal
