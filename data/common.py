@@ -96,9 +96,8 @@ def write_text(folder, train, val, vocabulary):
     Writes two texts as a data set and prints its size. Unless tokens are characters, END_OF_TEXT
     separates the documents in a text.
     """
-    tokenizer = vocabulary["tokenizer"]
-    encode, _, _, end_token = make_tokenizer(tokenizer, vocabulary["vocab_size"])
-    stoi = stoi_of(tokenizer)
+    encode, _, _, end_token = make_tokenizer(**vocabulary)
+    stoi = stoi_of(vocabulary["tokenizer"])
     all_ids, all_skipped = {}, []
     for name, text in (("train", train), ("val", val)):
         documents = [text] if stoi else text.split(END_OF_TEXT)
@@ -111,7 +110,7 @@ def write_text(folder, train, val, vocabulary):
     with replace_dataset(folder) as tmp_folder:
         for name, ids in all_ids.items():
             ids.tofile(tmp_folder / f"{name}.bin")
-        write_vocabulary(tmp_folder, tokenizer)
+        write_vocabulary(tmp_folder, vocabulary["tokenizer"])
     print_skipped(all_skipped)
     counts = ", ".join(f"{name}.bin {len(ids):,} tokens" for name, ids in all_ids.items())
     print(f"{len(stoi)} characters; {counts}" if stoi else counts)

@@ -61,15 +61,14 @@ for path in tqdm(sum(map(find_files, named), []), disable=None):
 if skipped:
     print(f"skipped {len(skipped)} files that are not UTF-8 text, such as {str(skipped[0])!r}")
 
-if tokens == "characters":
-    vocabulary = characters_of("\n".join(texts))
-elif tokens != "bpe":
-    vocabulary = read_vocabulary(tokens)
-if tokens != "bpe" and stoi_of(vocabulary["tokenizer"]):
-    text = "\n".join(texts)
-else:
-    text = END_OF_TEXT.join([*texts, ""])
-train, val = common.split_text(text, val_frac)
+text = END_OF_TEXT.join([*texts, ""])
 if tokens == "bpe":
+    train, _ = common.split_text(text, val_frac)
     vocabulary = train_bpe(train.replace(END_OF_TEXT, ""), vocab_size)
-common.write_text(out_dir, train, val, vocabulary)
+elif tokens == "characters":
+    vocabulary = characters_of("\n".join(texts))
+else:
+    vocabulary = read_vocabulary(tokens)
+if stoi_of(vocabulary["tokenizer"]):
+    text = "\n".join(texts)
+common.write_text(out_dir, *common.split_text(text, val_frac), vocabulary)
