@@ -158,13 +158,11 @@ def fingerprint(dataset):
     folder = dataset_folder(dataset)
     result, sample = {"meta_sha256": ""}, hashlib.sha256()
     for split in ("train", "val"):
-        size = os.path.getsize(folder / f"{split}.bin")
-        result[f"{split}_tokens"] = size // 2
-        with open(folder / f"{split}.bin", "rb", buffering=0) as file:
-            # up to 1,024 pages of 4,096 bytes
-            for position in range(0, size, 4096 * math.ceil(size / 4096 / 1024)):
-                file.seek(position)
-                sample.update(file.read(4096))
+        tokens = np.memmap(folder / f"{split}.bin", dtype="<u2", mode="r")
+        result[f"{split}_tokens"] = len(tokens)
+        stride = 2048 * math.ceil(len(tokens) / 2048 / 1024)  # up to 1,024 pages of 4,096 bytes
+        for position in range(0, len(tokens), stride):
+            sample.update(tokens[position : position + 2048])
     for path in (folder / "tokenizer.json", folder / "meta.pkl"):
         if path.exists():
             result["meta_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
