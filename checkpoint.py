@@ -6,13 +6,13 @@ A checkpoint is a dict of tensors and plain values. Its keys `model`, `optimizer
 """
 
 import contextlib
-import glob
 import json
 import math
 import os
 import pickle
 import re
 import zipfile
+from pathlib import Path
 
 import torch
 
@@ -155,30 +155,26 @@ def load_optimizer(optimizer, saved):
 def back_up(out_dir):
     """Renames the files of an earlier run: its checkpoints to ckpt.1.pt and so on, log.1.csv."""
     number = 1
-    while glob.glob(os.path.join(glob.escape(out_dir), f"*.{number}.*")):
+    while list(Path(out_dir).glob(f"*.{number}.*")):
         number += 1
-    for name in sorted(os.listdir(out_dir)):
-        stem, extension = os.path.splitext(name)
-        is_of_run = extension == ".pt" or name in ("log.csv", "loss.png")
-        if is_of_run and not re.search(r"\.\d+$", stem):  # else it is a backup already
-            path = os.path.join(out_dir, name)
-            backup = os.path.join(out_dir, f"{stem}.{number}{extension}")
-            os.rename(path, backup)
+    for path in sorted(Path(out_dir).iterdir()):
+        is_of_run = path.suffix == ".pt" or path.name in ("log.csv", "loss.png")
+        if is_of_run and not re.search(r"\.\d+$", path.stem):  # else it is a backup already
+            backup = path.with_stem(f"{path.stem}.{number}")
+            path.rename(backup)
             print(f"backed up {path} of an earlier run as {backup}")
 
 
 def trim_log(path, columns, iter_num):
     """Starts log.csv, or keeps those rows that a run resumed at `iter_num` will not write again."""
-    lines = [",".join(columns) + "\n"]
+    content = ",".join(columns) + "\n"
     if os.path.exists(path):
-        with open(path, errors="replace") as file:
-            for line in file:
-                iteration = line.split(",")[0]
-                is_row = iteration.isdecimal() and line.endswith("\n")
-                if is_row and int(iteration) < iter_num:
-                    lines.append(line)
+        old_content = Path(path).read_text(errors="replace")
+        for row, iteration in re.findall(r"^((\d+),.*\n)", old_content, re.MULTILINE):
+            if int(iteration) < iter_num:
+                content += row
     with atomic_write(path) as file:
-        file.write("".join(lines).encode())
+        file.write(content.encode())
 
 
 # ---- Hugging Face's format ----
@@ -204,21 +200,17 @@ def read_huggingface(source):
     weights = {}
     try:
         folder = source
-        if source in HUB_NAMES and not os.path.isdir(source):
+        if not os.path.isdir(source):
             from huggingface_hub import snapshot_download
             folder = snapshot_download(f"openai-community/{source}",
                                        allow_patterns=["config.json", "model.safetensors"])
-        with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
-            config = json.load(file)
+        config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
         for key, value in ARCHITECTURE.items():
             if config.get(key, value) != value:
                 raise ValueError(f"{key} is {config[key]!r}, not {value!r} as in OpenAI's GPT-2")
         sizes = {key: config[key] for key in ("n_layer", "n_head", "n_embd", "vocab_size")}
         model_args = dict(sizes, block_size=config["n_positions"], bias=True, dropout=0.0)
-        paths = [os.path.join(folder, "model.safetensors")]
-        if not os.path.exists(paths[0]):  # a large model is in several files
-            paths = glob.glob(os.path.join(glob.escape(folder), "model-*-of-*.safetensors"))
-        for path in paths:
+        for path in Path(folder).glob("model*.safetensors"):  # a large model is in several files
             for name, tensor in load_file(path).items():
                 name = "transformer." + name.removeprefix("transformer.")
                 is_mask = name.endswith((".attn.bias", ".attn.masked_bias"))
@@ -281,5 +273,4 @@ def write_huggingface(model_args, weights, folder):
     save_file(tensors, path, metadata={"format": "pt"})
     os.chmod(path, 0o644)  # safetensors lets nobody else read it
     for name, content in (("config", config), ("generation_config", generation_config)):
-        with open(os.path.join(folder, name + ".json"), "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2)
+        Path(folder, name + ".json").write_text(json.dumps(content, indent=2))
