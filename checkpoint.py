@@ -35,8 +35,7 @@ def atomic_write(path):
             os.fsync(file.fileno())
         os.replace(tmp_path, path)
     finally:
-        if os.path.exists(tmp_path):
-            os.remove(tmp_path)
+        Path(tmp_path).unlink(missing_ok=True)
 
 
 def save_checkpoint(path, state, **values):
