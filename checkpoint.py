@@ -9,7 +9,6 @@ import contextlib
 import json
 import math
 import os
-import pickle
 import re
 import zipfile
 from pathlib import Path
@@ -52,10 +51,8 @@ def save_checkpoint(path, state, **values):
         with atomic_write(path) as file:
             torch.save(checkpoint, file)
             file.flush()
+            # An error now if a value is neither a tensor nor plain: a resume could not read it.
             torch.load(file.name, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path!r} could not be read again: keep tensors and plain values of "
-                         f"Python only in `state`, settings and GPTConfig ({error})") from None
     except (OSError, RuntimeError) as error:
         raise UserError(f"cannot save {path!r}, earlier checkpoints are intact: {error} "
                         "(if the disk is full, make room and resume)") from None
