@@ -16,6 +16,7 @@ import os
 import re
 import sys
 import traceback
+from pathlib import Path
 
 PLAIN_TYPES = (bool, int, float, str)
 given_settings = set()  # names that a config file or the command line has set
@@ -59,8 +60,6 @@ def configure(settings, paths=None):
         if argument.startswith("--") and "=" in argument:
             key, text = argument[2:].split("=", 1)
             changes = {key: parse_value(text, defaults.get(key))}
-        elif argument.startswith("-"):
-            raise UserError(f"cannot read the argument {argument!r}; write --key=value")
         elif paths is not None:
             paths.append(argument)
             continue
@@ -88,8 +87,7 @@ def plain_values(names):
 def run_config_file(path, config):
     """Runs a config file and returns what it assigns: settings, and names that may be typos."""
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            source = file.read()
+        source = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeError) as error:
         raise UserError(f"cannot read the config file {path!r} ({error}); arguments are config "
                         "files or --key=value") from None
@@ -158,8 +156,8 @@ def restore_settings(config, checkpoint, not_restored):
 
 def help_text(settings):
     """The script's docstring, then its settings as the source has them, with their comments."""
-    with open(settings["__file__"], encoding="utf-8") as file:
-        source = file.read().split("configure(globals()")[0]
+    script = Path(settings["__file__"]).read_text(encoding="utf-8")
+    source = script.split("configure(globals()")[0]
     pattern = r"^(?:(\w+) = (.+)|# .+)$"  # a setting, or what the next ones are about
     lines = [settings["__doc__"].strip(), "", "settings (--key=value):"]
     for match in re.finditer(pattern, source, re.MULTILINE):
@@ -180,14 +178,13 @@ def excepthook(kind, error, trace):
     message = " ".join(str(error).split())[:1000]
     text = "".join(traceback.format_exception(kind, error, trace)).strip()
     modules = [frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(trace)]
-    is_of_config = "__config__" in modules  # its traceback names the line
-    names_file = isinstance(error, OSError) and error.filename is not None and not is_of_config
+    names_file = isinstance(error, OSError) and error.filename is not None
     peer_lost = re.search("^Dist|gloo|NCCL|Connection|Broken pipe", f"{kind.__name__} {message}")
     if kind is BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python would try to flush it at the end
     if kind in (KeyboardInterrupt, BrokenPipeError):
         text = "stopped"
-    elif isinstance(error, UserError) or names_file:
+    elif isinstance(error, UserError) or (names_file and "__config__" not in modules):
         text = f"error: {message}"
     elif isinstance(error, MemoryError) or "tried to allocate" in message.lower():
         text = f"error: out of memory; try a smaller batch_size, num_samples or model ({message})"
