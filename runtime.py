@@ -17,18 +17,17 @@ from configurator import UserError, check_choice
 
 TIMEOUT = datetime.timedelta(minutes=10)  # for a process that waits for the others
 
-# Dense bfloat16 FLOP/s (float16 for V100 and T4). Data sheets often give the figure for 2:4 sparse
+# Dense bfloat16 TFLOP/s (float16 for V100 and T4). Data sheets often give the figure for 2:4 sparse
 # matrices, which is twice as high. The first key that the name of a GPU contains is used.
-PEAK_FLOPS = {
-    "GB300": 2500e12, "B300": 2250e12, "GB200": 2500e12, "B200": 2250e12, "GH200": 989e12,
-    "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H800": 989e12,
-    "H20": 148e12, "A100": 312e12, "A800": 312e12, "A40": 150e12, "A10": 125e12, "L40S": 362e12,
-    "L40": 181e12, "L4": 121e12, "V100": 125e12, "T4": 65e12, "MI300X": 1307e12, "MI325X": 1307e12,
-    "MI350X": 2300e12, "MI355X": 2500e12, "RTX PRO 6000": 504e12, "RTX 6000 Ada": 364e12,
-    "RTX A6000": 155e12, "RTX 5090": 210e12, "RTX 5080": 113e12, "RTX 5070 Ti": 88e12,
-    "RTX 5070": 62e12, "RTX 4090": 165e12, "RTX 4080 SUPER": 104e12, "RTX 4080": 97e12,
-    "RTX 4070 Ti SUPER": 88e12, "RTX 4070 Ti": 80e12, "RTX 4070 SUPER": 71e12, "RTX 4070": 58e12,
-    "RTX 4060 Ti": 44e12, "RTX 4060": 30e12, "RTX 3090": 71e12,
+PEAK_TFLOPS = {
+    "GB300": 2500, "B300": 2250, "GB200": 2500, "B200": 2250, "GH200": 989, "H200": 989,
+    "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H800": 989, "H20": 148, "A100": 312,
+    "A800": 312, "A40": 150, "A10": 125, "L40S": 362, "L40": 181, "L4": 121, "V100": 125, "T4": 65,
+    "MI300X": 1307, "MI325X": 1307, "MI350X": 2300, "MI355X": 2500, "RTX PRO 6000": 504,
+    "RTX 6000 Ada": 364, "RTX A6000": 155, "RTX 5090": 210, "RTX 5080": 113, "RTX 5070 Ti": 88,
+    "RTX 5070": 62, "RTX 4090": 165, "RTX 4080 SUPER": 104, "RTX 4080": 97, "RTX 4070 Ti SUPER": 88,
+    "RTX 4070 Ti": 80, "RTX 4070 SUPER": 71, "RTX 4070": 58, "RTX 4060 Ti": 44, "RTX 4060": 30,
+    "RTX 3090": 71,
 }
 
 # ---- processes ----
@@ -82,9 +81,8 @@ def broadcast(value):
 
 def sync_buffers(model):
     """Gives the model's buffers, which may be running statistics, the values of rank 0."""
-    if dist.is_initialized():
-        for buffer in model.buffers():
-            buffer.copy_(broadcast(buffer.cpu()))
+    for buffer in model.buffers():
+        buffer.copy_(broadcast(buffer.cpu()))
 
 
 def check_same(**values):
@@ -257,7 +255,7 @@ def peak_flops(device):
     """Peak bfloat16 FLOP/s of a GPU (a torch.device), nan where it is not known."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        for key, flops in PEAK_FLOPS.items():
+        for key, teraflops in PEAK_TFLOPS.items():
             if re.search(rf"\b{key}\b", name):
-                return flops
+                return teraflops * 1e12
     return float("nan")
