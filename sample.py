@@ -28,7 +28,7 @@ from runtime import make_autocast, setup_device
 init_from = 'resume'  # from out_dir; or 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', a folder
 out_dir = 'out'  # of the training run
 # text
-start = "\n"  # the prompt, or FILE:path for the content of a file (FILE:- for standard input)
+start = "\n"  # the prompt, or FILE:path for the content of a file (also FILE:/dev/stdin)
 num_samples = 10  # drawn in one batch; a single one is shown while it is drawn
 max_new_tokens = 500  # per sample
 temperature = 0.8  # 1: the model's distribution; lower: safer, higher: bolder; 0: greedy
@@ -78,10 +78,8 @@ if compile:
 # ---- the prompt, and what follows it ----
 
 if start.startswith("FILE:"):
-    path = start.removeprefix("FILE:")
-    with open(0 if path == "-" else os.path.expanduser(path), encoding="utf-8-sig",
-              errors="replace") as file:
-        start = file.read()
+    path = Path(start.removeprefix("FILE:")).expanduser()
+    start = path.read_text(encoding="utf-8-sig", errors="replace")
 ids = encode(start)
 if not ids and end_token is None:
     raise UserError("the prompt is empty: give --start=TEXT")

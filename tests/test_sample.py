@@ -114,7 +114,7 @@ def test_prompts_from_files(sample, tmp_path, monkeypatch):
     stdin = os.dup(0)
     os.dup2(os.open(tmp_path / "prompt.txt", os.O_RDONLY), 0)
     try:
-        for path in (tmp_path / "prompt.txt", "~/prompt.txt", "-"):
+        for path in (tmp_path / "prompt.txt", "~/prompt.txt", "/dev/stdin"):
             assert sample(f"--start=FILE:{path}").startswith("the lazy dog")
     finally:
         os.dup2(stdin, 0)
