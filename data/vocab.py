@@ -202,7 +202,6 @@ def make_tokenizer(tokenizer, vocab_size):
     else:
         from tokenizers import Tokenizer
         model = Tokenizer.from_str(tokenizer)
-
         stoi = stoi_of(tokenizer)
 
         def encode(text):
@@ -246,10 +245,10 @@ def export_files(tokenizer, block_size):
         from tiktoken.load import read_file_cached
         files = {"vocab.json": read_file_cached(GPT2_URL + "encoder.json"),
                  "merges.txt": read_file_cached(GPT2_URL + "vocab.bpe")}
-        config.update(tokenizer_class="GPT2Tokenizer", add_prefix_space=False)
+        config["tokenizer_class"] = "GPT2Tokenizer"
     else:
         files = {"tokenizer.json": tokenizer.encode()}
-        config.update(tokenizer_class="PreTrainedTokenizerFast")
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if tokenizer == "gpt2" or f'"{END_OF_TEXT}"' in tokenizer:
         config.update(bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, unk_token=END_OF_TEXT)
     return files | {"tokenizer_config.json": json.dumps(config, indent=2).encode()}
