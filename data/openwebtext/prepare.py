@@ -129,15 +129,14 @@ if __name__ == "__main__":  # worker processes may import this file
     all_skipped = []
     with common.replace_dataset(out_dir) as tmp_folder:
         for name, split in (("val", splits["test"]), ("train", splits["train"])):
-            path = tmp_folder / f"{name}.bin"
             starts = range(0, len(split), BATCH)
             workers = ProcessPoolExecutor(num_proc, initializer=start_worker,
                                           initargs=(split, vocabulary))
-            with workers, open(path, "wb") as file:
+            with workers, open(tmp_folder / f"{name}.bin", "wb") as file:
                 batches = workers.map(tokenize, starts)
                 for ids, skipped in tqdm(batches, f"{name}.bin", len(starts), disable=None):
                     file.write(ids)
                     all_skipped += skipped
-            print(f"{name}.bin {os.path.getsize(path) // 2:,} tokens")
+                print(f"{name}.bin {file.tell() // 2:,} tokens")
         write_vocabulary(tmp_folder, vocabulary["tokenizer"])
     common.print_skipped(all_skipped)
