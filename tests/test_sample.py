@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import newest, spawn
 
-from data.vocab import character_tokenizer, gpt2_bpe, make_tokenizer
+from data.common import character_tokenizer, gpt2_bpe, make_tokenizer
 from model import GPT, GPTConfig
 
 RULE = "-" * 15 + "\n"  # after each sample

@@ -12,7 +12,7 @@ import torch
 import transformers
 from conftest import newest
 
-from data import vocab
+from data import common
 from model import load_model
 
 TEXT = "Es war einmal ein König — Ἐν ἀρχῇ ἦν ὁ λόγος. हिन्दी 日本語 🙂 the end.\n" * 60
@@ -42,8 +42,8 @@ def out_dir(train, tmp_path, prepared):
 def test_bits_per_byte_are_the_nats_of_val_over_its_bytes(run, prepared, out_dir):
     """Computed from the decoded text, and the plain forward pass of one sequence after another."""
     printed = float(re.findall(r"step 3: .*, ([\d.]+) bits per byte", run.out)[0])
-    vocabulary = vocab.read_vocabulary(prepared, vocab.GPT2)
-    _, decode, _, end_token = vocab.make_tokenizer(vocabulary["tokenizer"], 50304)
+    vocabulary = common.read_vocabulary(prepared, common.GPT2)
+    _, decode, _, end_token = common.make_tokenizer(vocabulary["tokenizer"], 50304)
     ids = np.fromfile(prepared / "val.bin", "<u2").astype(int)
     model, _ = load_model("resume", str(out_dir))
     num_sequences = (min(len(ids), (prepared / "train.bin").stat().st_size // 2) - 1) // 8
@@ -61,7 +61,7 @@ def test_bits_per_byte_are_the_nats_of_val_over_its_bytes(run, prepared, out_dir
 
 def test_a_checkpoint_carries_its_tokens(run, tmp_path, prepared, out_dir):
     """Sampling and preparing new text need no data folder."""
-    vocabulary = vocab.read_vocabulary(prepared, vocab.GPT2)
+    vocabulary = common.read_vocabulary(prepared, common.GPT2)
     assert newest(out_dir)["tokenizer"] == vocabulary["tokenizer"]
     for path in prepared.iterdir():
         path.unlink()
@@ -75,7 +75,7 @@ def test_a_checkpoint_carries_its_tokens(run, tmp_path, prepared, out_dir):
     for folder in (out_dir, prepared):
         run("data/text/prepare.py", tmp_path / "new.txt", f"--tokens={folder}",
             f"--out_dir={prepared}")
-        assert vocab.read_vocabulary(prepared) == vocabulary
+        assert common.read_vocabulary(prepared) == vocabulary
 
 
 def test_a_run_starts_from_another_one(train, run, tmp_path, prepared, out_dir):
@@ -112,7 +112,7 @@ def test_an_exported_folder_opens_in_transformers_with_its_tokens(run, tmp_path,
             run("sample.py", source, f"--export={folder}")
         assert not stopped.value.code and f" to {folder}\n" in run.out
     assert (folder / "model.safetensors").stat().st_mode & 0o777 == 0o644
-    encode, decode, num_ids, end_token = vocab.make_tokenizer(newest(out_dir)["tokenizer"], 50304)
+    encode, decode, num_ids, end_token = common.make_tokenizer(newest(out_dir)["tokenizer"], 50304)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     ids = tokenizer(TEXT[:200])["input_ids"]
     assert ids == encode(TEXT[:200]) and tokenizer.decode(ids) == TEXT[:200]

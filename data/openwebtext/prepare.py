@@ -29,7 +29,6 @@ from tqdm import tqdm
 
 from configurator import UserError, check_ranges, configure
 from data import common
-from data.vocab import gpt2_bpe, make_tokenizer, read_vocabulary, write_vocabulary
 
 files = ''  # instead, a path or glob: .jsonl, .json or .parquet with a 'text' each, .txt; also .gz
 tokens = 'gpt2'  # or a tokenizer.json, or a folder that has one
@@ -105,9 +104,9 @@ def start_worker(split, vocabulary):
     """Runs first in each worker process, and keeps what `tokenize` needs."""
     global worker_documents, encode, end_token
     worker_documents = split
-    encode, _, _, end_token = make_tokenizer(**vocabulary)
+    encode, _, _, end_token = common.make_tokenizer(**vocabulary)
     if not files and tokens == "gpt2":  # in OpenWebText itself <|endoftext|> is ordinary text
-        encode = gpt2_bpe().encode_ordinary
+        encode = common.gpt2_bpe().encode_ordinary
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -122,8 +121,8 @@ if __name__ == "__main__":  # worker processes may import this file
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # temporary files are removed
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    vocabulary = read_vocabulary(tokens)
-    make_tokenizer(**vocabulary)  # downloads GPT-2's once for all
+    vocabulary = common.read_vocabulary(tokens)
+    common.make_tokenizer(**vocabulary)  # downloads GPT-2's once for all
     documents = load_documents()
     splits = documents.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
     all_skipped = []
@@ -138,5 +137,5 @@ if __name__ == "__main__":  # worker processes may import this file
                     file.write(ids)
                     all_skipped += skipped
                 print(f"{name}.bin {file.tell() // 2:,} tokens")
-        write_vocabulary(tmp_folder, vocabulary["tokenizer"])
+        common.write_vocabulary(tmp_folder, vocabulary["tokenizer"])
     common.print_skipped(all_skipped)

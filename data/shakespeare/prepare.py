@@ -11,8 +11,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
 from configurator import configure
-from data.common import split_text, write_text
-from data.vocab import GPT2
+from data.common import GPT2, split_text, write_text
 
 configure(globals())
 text = (HERE.parent / "tinyshakespeare.txt").read_text(encoding="utf-8")

@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 from configurator import UserError, check_ranges, configure
 from data import common
-from data.vocab import END_OF_TEXT, characters_of, read_vocabulary, stoi_of, train_bpe
 
 tokens = 'characters'  # or 'bpe', 'gpt2', a tokenizer.json, a folder that has one
 vocab_size = 4096  # tokens of 'bpe'
@@ -61,14 +60,14 @@ for path in tqdm(sum(map(find_files, named), []), disable=None):
 if skipped:
     print(f"skipped {len(skipped)} files that are not UTF-8 text, such as {str(skipped[0])!r}")
 
-text = END_OF_TEXT.join([*texts, ""])
+text = common.END_OF_TEXT.join([*texts, ""])
 if tokens == "bpe":
     train, _ = common.split_text(text, val_frac)
-    vocabulary = train_bpe(train.replace(END_OF_TEXT, ""), vocab_size)
+    vocabulary = common.train_bpe(train.replace(common.END_OF_TEXT, ""), vocab_size)
 elif tokens == "characters":
-    vocabulary = characters_of("\n".join(texts))
+    vocabulary = common.characters_of("\n".join(texts))
 else:
-    vocabulary = read_vocabulary(tokens)
-if stoi_of(vocabulary["tokenizer"]):
+    vocabulary = common.read_vocabulary(tokens)
+if common.stoi_of(vocabulary["tokenizer"]):
     text = "\n".join(texts)
 common.write_text(out_dir, *common.split_text(text, val_frac), vocabulary)
