@@ -38,10 +38,7 @@ def atomic_write(path):
 
 
 def save_checkpoint(path, state, **values):
-    """
-    Writes `state`, a dict of plain values and things with a state_dict, and `values` atomically.
-    Raises UserError if the disk is full or not writable.
-    """
+    """Writes `state`, a dict of plain values and things with a state_dict, and `values`."""
     contents = {key: value.state_dict() if hasattr(value, "state_dict") else value
                 for key, value in state.items()}
     # A name that is used twice is a TypeError.
@@ -59,15 +56,13 @@ def save_checkpoint(path, state, **values):
 
 
 def load_checkpoint(path):
-    """
-    Reads a checkpoint, ours or nanoGPT's, its tensors memory-mapped on the CPU. Only plain data is
-    read: a file from a stranger cannot run code. Raises UserError for a damaged file.
-    """
+    """A checkpoint, ours or nanoGPT's, memory-mapped on the CPU. UserError if it is damaged."""
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged:  # torch.load does not check
             raise ValueError(f"checksum mismatch in {damaged}")
+        # weights_only: a stranger's file cannot run code
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         weights = {name.removeprefix("_orig_mod."): p for name, p in checkpoint["model"].items()}
         if "version" not in checkpoint:  # nanoGPT's
@@ -85,9 +80,8 @@ def load_checkpoint(path):
 
 def read_checkpoint(out_dir, best=False, required=False):
     """
-    The checkpoint in a folder to resume from, the later one of ckpt.pt and last.pt, or with `best`
-    the one to sample from, ckpt.pt if there is one. If it is damaged, the other one. Without
-    either, None, or a UserError if it is `required`.
+    The later one of ckpt.pt and last.pt in a folder, or with `best` ckpt.pt if there is one. The
+    other one if that is damaged. Without either None, or a UserError if it is `required`.
     """
     found, errors = [], []
     for name in ("ckpt.pt", "last.pt"):
@@ -122,10 +116,7 @@ def restore(state, checkpoint):
 
 
 def load_optimizer(optimizer, saved):
-    """
-    Restores an optimizer's state; its options, such as weight decay, stay as they are set now.
-    Raises UserError for the state of another optimizer or model.
-    """
+    """Restores an optimizer's state; its options, such as weight decay, stay as they are now."""
     try:
         own_groups = optimizer.state_dict()["param_groups"]
         # torch compares the numbers of params; a scheduler in `state` may read lr
@@ -185,10 +176,7 @@ ARCHITECTURE = dict(  # what is the same in all of OpenAI's config.json
 
 
 def read_huggingface(source):
-    """
-    (model_args, weights) of a GPT-2 in Hugging Face's format: one of HUB_NAMES, or a folder.
-    Raises UserError for what cannot be read, or is not built as OpenAI's GPT-2.
-    """
+    """(model_args, weights) of a GPT-2 from the hub or a folder; UserError for anything else."""
     if not os.path.isdir(source) and source not in HUB_NAMES:
         raise UserError(f"there is no model {source!r} to start from: name one of {HUB_NAMES}, "
                         "a folder with a config.json and a model.safetensors, or one of a run")
@@ -222,10 +210,7 @@ def read_huggingface(source):
 
 
 def write_huggingface(model_args, weights, folder):
-    """
-    Writes a model for transformers, without the padding of the vocabulary and with zeros for
-    missing biases. Raises UserError if it is no GPT-2.
-    """
+    """Writes a GPT-2 for transformers: zeros for missing biases, no padding of the vocabulary."""
     from safetensors.torch import save_file
     C, V, T = model_args["n_embd"], model_args["vocab_size"], model_args["block_size"]
     shapes = {"transformer.wte": (V, C), "transformer.wpe": (T, C), "transformer.ln_f": (C,),

@@ -138,10 +138,7 @@ def check_choice(key, value, choices):
 
 
 def restore_settings(config, checkpoint, not_restored):
-    """
-    Updates `config` on resume: settings that were not given now come from the checkpoint, except
-    those named in `not_restored`. Given ones win, but for the model's shape. Prints changes.
-    """
+    """On resume, settings not given now, and the model's shape, come from the checkpoint."""
     shape = checkpoint["model_args"].keys() - {"dropout"}
     for key, old_value in (checkpoint["config"] | checkpoint["model_args"]).items():
         if key not in config or key in not_restored:
@@ -171,10 +168,7 @@ def printable(text):
 
 
 def excepthook(kind, error, trace):
-    """
-    Prints an uncaught exception: a UserError, a missing file, too little memory or a lost process
-    in one line, anything else with its traceback.
-    """
+    """Prints an uncaught exception: a UserError and its like in one line, a slip's traceback."""
     message = " ".join(str(error).split())[:1000]
     text = "".join(traceback.format_exception(kind, error, trace)).strip()
     modules = [frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(trace)]

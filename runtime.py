@@ -167,10 +167,7 @@ def start_wandb(project, name, config, state):
 
 
 def setup_device(device, dtype, compile, local_rank=0, deterministic=False):
-    """
-    Resolves the settings that may be 'auto', and sets torch's global switches. Returns the device
-    ('cuda:1', 'mps', 'cpu'), the name of the dtype, and whether to compile.
-    """
+    """Sets torch's global switches; returns the three settings without 'auto'."""
     check_choice("dtype", dtype, ("auto", "float32", "bfloat16", "float16"))
     check_choice("compile", compile, ("auto", True, False))
     device = choose_device(device, local_rank)
@@ -196,10 +193,7 @@ def setup_device(device, dtype, compile, local_rank=0, deterministic=False):
 
 
 def choose_device(device, local_rank):
-    """
-    'cuda:1', 'mps', 'cpu' or whatever else torch knows; the GPU of this process. Raises UserError
-    for what torch does not know, find or have kernels for.
-    """
+    """The device of this process, such as 'cuda:1'; UserError for one that torch cannot use."""
     if device == "auto":
         device = "cpu"
         if torch.cuda.is_available():

@@ -233,8 +233,7 @@ def make_tokenizer(tokenizer, vocab_size):
 def bits_per_byte(loss, tokenizer, file, num_tokens):
     """
     A loss in nats per token as bits per UTF-8 byte, over the tokens 1 to `num_tokens` of a .bin
-    file: the targets of a model that reads them all. End-of-text has no bytes. None if the
-    tokenizer is not known, or cannot be downloaded.
+    file. End-of-text has no bytes. None if the tokenizer is not known, or cannot be downloaded.
     """
     try:
         _, decode, _, end_token = make_tokenizer(tokenizer, 2**16)
@@ -284,16 +283,14 @@ def lock_folder(folder):
 
 @contextlib.contextmanager
 def replace_dataset(folder):
-    """
-    Yields a temporary folder, whose files then replace the data set in `folder`. The old files are
-    removed before the first new one gets its name: a killed process never leaves a mix of both.
-    """
+    """Yields a temporary folder, whose files then replace the data set in `folder`."""
     folder = Path(folder)
     with lock_folder(folder):
         for leftover in folder.glob(".new-*.tmp"):  # of a process that was killed
             shutil.rmtree(leftover)
         with tempfile.TemporaryDirectory(".tmp", ".new-", folder) as tmp_folder:
             yield Path(tmp_folder)
+            # All old ones go first: a killed process never leaves a mix of both.
             for name in reversed(DATASET_FILES):
                 (folder / name).unlink(missing_ok=True)
             for name in DATASET_FILES:
@@ -333,10 +330,7 @@ def split_text(text, val_frac=0.1):
 
 
 def write_text(folder, train, val, vocabulary):
-    """
-    Writes two texts as a data set and prints its size. Unless tokens are characters, END_OF_TEXT
-    separates the documents in a text.
-    """
+    """Writes two texts as a data set and prints its size."""
     encode, _, _, end_token = make_tokenizer(**vocabulary)
     stoi = stoi_of(vocabulary["tokenizer"])
     all_ids, all_skipped = {}, []
