@@ -51,8 +51,7 @@ def save_checkpoint(path, state, **values):
             # An error now if a value is neither a tensor nor plain: a resume could not read it.
             torch.load(file.name, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError) as error:
-        raise UserError(f"cannot save {path!r}, earlier checkpoints are intact: {error} "
-                        "(if the disk is full, make room and resume)") from None
+        raise UserError(f"cannot save {path!r}, earlier checkpoints are intact: {error}") from None
 
 
 def load_checkpoint(path):
@@ -94,8 +93,7 @@ def read_checkpoint(out_dir, best=False, required=False):
     if errors and not found:
         raise errors[0]
     if required and not found:
-        raise UserError(f"there is no ckpt.pt or last.pt in out_dir={out_dir!r}: train first, name "
-                        "another --out_dir, or choose another --init_from")
+        raise UserError(f"no ckpt.pt or last.pt in out_dir={out_dir!r}: check it and --init_from")
     for error in errors:
         print(f"note: {error}; using the other one")
     # on a tie ckpt.pt, the first: it was written later

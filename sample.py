@@ -49,8 +49,7 @@ check_ranges(config, "top_p", 1e-9, 1)
 
 device, dtype, compile = setup_device(device, dtype, compile)
 if device == "mps" and torch.__version__ < (2, 12):  # pytorch issues 169222 and 181133
-    raise UserError("Apple's GPUs sample wrong text with this version of torch: install torch 2.12 "
-                    "or later, or use --device=cpu")
+    raise UserError("to sample on Apple's GPU, install torch 2.12 or later, or use --device=cpu")
 torch.backends.cuda.enable_cudnn_sdp(False)  # on Hopper it compiles attention for each length
 model, checkpoint = load_model(init_from, out_dir)
 vocab_size = model.config.vocab_size

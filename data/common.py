@@ -157,8 +157,7 @@ def check_vocabulary(dataset, vocabulary, vocab_size, tokenizer):
     same_size = vocab_size == num_ids or (vocab_size > num_ids and may_be_padded)
     if not same_size or tokenizer not in (None, vocabulary["tokenizer"]):
         raise UserError(f"the model, with a vocabulary of {vocab_size}, has other tokens than the "
-                        f"data set {dataset!r}, with one of {num_ids}: prepare it with the model's "
-                        "(data/text/prepare.py --tokens=FOLDER of the model), or start anew")
+                        f"data set {dataset!r}: prepare it with --tokens=FOLDER of the model")
 
 
 # ---- text to ids, and back ----
@@ -203,8 +202,7 @@ def make_tokenizer(tokenizer, vocab_size):
     of ids, and end-of-text's id or None. UserError if a model of `vocab_size` has other tokens.
     """
     if tokenizer is None:
-        raise UserError("the tokenizer is not known: neither a tokenizer.json nor characters were "
-                        "found in the folder of the data set, the model or the run")
+        raise UserError("the tokenizer is not known: the folder has no tokenizer.json")
     if tokenizer == "gpt2":
         bpe = gpt2_bpe()
         encode, decode = functools.partial(bpe.encode, allowed_special="all"), bpe.decode
@@ -340,8 +338,7 @@ def write_text(folder, train, val, vocabulary):
         all_ids[name] = ids if end_token is None else ids[:-1]  # no document after the last marker
         all_skipped += skipped
         if len(all_ids[name]) == 0:
-            raise UserError(f"too little text: {name}.bin would be empty "
-                            f"({len(skipped)} documents cannot be encoded)")
+            raise UserError(f"too little text: {name}.bin would be empty ({len(skipped)} skipped)")
     with replace_dataset(folder) as tmp_folder:
         for name, ids in all_ids.items():
             ids.tofile(tmp_folder / f"{name}.bin")

@@ -298,7 +298,7 @@ def test_every_kind_of_tokens_holds_out_the_same_text(tmp_path, text):
     (["{}/nul.txt"], "nul.txt.*UTF-8"),
     (["{}/some.txt", "--tokens=words"], "'words' has no tokenizer"),
     (["{}/some.txt", "--val_frac=0.0"], "too little text: val.bin would be"),
-    (["{}/spaces.txt", "--tokens=gpt2", "--val_frac=0.5"], "too little text.*1 documents"),
+    (["{}/spaces.txt", "--tokens=gpt2", "--val_frac=0.5"], "too little text.*1 skipped"),
 ])
 def test_text_names_what_is_wrong(run, tmp_path, arguments, named):
     (tmp_path / "x.dat").write_bytes(b"text, then \xff\xfe\x00")
