@@ -40,8 +40,7 @@ def set_environment():
 def configure(settings, paths=None):
     """
     Overrides `settings`, a script's globals, from sys.argv and returns all settings as a dict.
-    A setting is a global of type bool, int, float or str without a leading underscore. A list
-    `paths` collects the arguments that are not options, which are then no config files.
+    With a list `paths`, arguments that are not options go there, and are no config files.
     """
     sys.excepthook = excepthook
     sys.unraisablehook = lambda hook: excepthook(hook.exc_type, hook.exc_value, hook.exc_traceback)

@@ -43,14 +43,13 @@ BATCH = 200  # documents that a worker process tokenizes in one go
 
 def read_rows(path):
     """Yields the documents of a local file: dicts that may have a 'text'."""
-    kind = Path(re.sub(r"\.(gz|bz2|zst)$", "", path)).suffix
-    if kind == ".parquet":
+    if path.endswith(".parquet"):
         for batch in parquet.ParquetFile(path).iter_batches(columns=["text"]):
             yield from batch.to_pylist()
         return
     with io.TextIOWrapper(pyarrow.input_stream(path, compression="detect"), "utf-8-sig") as file:
         first = file.readline()
-        if kind == ".txt":
+        if re.search(r"\.txt(\.gz|\.bz2|\.zst)?$", path):
             yield {"text": first + file.read()}
         elif first.startswith("["):  # one list, on any number of lines
             yield from json.loads(first + file.read())
