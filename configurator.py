@@ -154,11 +154,9 @@ def help_text(settings):
     """The script's docstring, then its settings as the source has them, with their comments."""
     script = Path(settings["__file__"]).read_text(encoding="utf-8")
     source = script.split("configure(globals()")[0]
-    pattern = r"^(?:(\w+) = (.+)|# .+)$"  # a setting, or what the next ones are about
-    lines = [settings["__doc__"].strip(), "", "settings (--key=value):"]
-    for match in re.finditer(pattern, source, re.MULTILINE):
-        lines.append(f"  --{match[1]}={match[2]}" if match[1] else match[0])
-    return "\n".join(lines)
+    found = re.findall(r"^(?:\w+ = |# ).+", source, re.MULTILINE)  # settings and headings
+    lines = [re.sub(r"^(\w+) = ", r"  --\1=", line) for line in found]
+    return "\n".join([settings["__doc__"].strip(), "", "settings (--key=value):", *lines])
 
 
 def printable(text):
