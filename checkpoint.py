@@ -192,7 +192,10 @@ def read_huggingface(source):
                 raise ValueError(f"{key} is {config[key]!r}, not {value!r} as in OpenAI's GPT-2")
         sizes = {key: config[key] for key in ("n_layer", "n_head", "n_embd", "vocab_size")}
         model_args = dict(sizes, block_size=config["n_positions"], bias=True, dropout=0.0)
-        for path in Path(folder).glob("model*.safetensors"):  # a large model is in several files
+        paths = list(Path(folder).glob("model.safetensors"))
+        if not paths:  # a large model is in several files
+            paths = Path(folder).glob("model-*-of-*.safetensors")
+        for path in paths:
             for name, tensor in load_file(path).items():
                 name = "transformer." + name.removeprefix("transformer.")
                 is_mask = name.endswith((".attn.bias", ".attn.masked_bias"))
