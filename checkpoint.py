@@ -220,8 +220,9 @@ def write_huggingface(model_args, weights, folder):
         layers = {"ln_1": (C,), "attn.c_attn": (3 * C, C), "attn.c_proj": (C, C),
                   "ln_2": (C,), "mlp.c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C)}
         shapes |= {f"transformer.h.{i}.{layer}": shape for layer, shape in layers.items()}
+    biases = {f"{layer}.bias" for layer in shapes if layer.endswith(("ln_f", *layers))}
     found = {name.removesuffix(".weight"): tuple(tensor.shape) for name, tensor in weights.items()
-             if not name.endswith(".bias")}
+             if name not in biases}
     different = dict(found.items() ^ shapes.items()).keys()
     if different or not torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"]):
         raise UserError("only a GPT-2 can be exported; what differs is "
