@@ -80,8 +80,9 @@ def broadcast(value):
 
 def sync_buffers(model):
     """Gives the model's buffers, which may be running statistics, the values of rank 0."""
-    for buffer in model.buffers():
-        buffer.copy_(broadcast(buffer.cpu()))
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            buffer.copy_(broadcast(buffer.cpu()))
 
 
 def check_same(**values):
