@@ -17,7 +17,7 @@ import torch
 
 from configurator import UserError
 
-VERSION = "0.11.0"
+VERSION = "0.12.0"
 GPT2_VOCAB_SIZE = 50257  # 256 bytes, 50,000 merges, <|endoftext|>
 
 # ---- checkpoints ----
