@@ -59,7 +59,7 @@ def configure(settings, paths=None):
         if argument.startswith("--") and "=" in argument:
             key, text = argument[2:].split("=", 1)
             changes = {key: parse_value(text, defaults.get(key))}
-        elif paths is not None:
+        elif paths is not None and not argument.startswith("-"):
             paths.append(argument)
             continue
         else:
@@ -165,7 +165,7 @@ def printable(text):
 
 
 def excepthook(kind, error, trace):
-    """Prints an uncaught exception: a UserError and its like in one line, a slip's traceback."""
+    """Prints an uncaught exception: a mistake of the user in one line, others in full."""
     message = " ".join(str(error).split())[:1000]
     text = "".join(traceback.format_exception(kind, error, trace)).strip()
     modules = [frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(trace)]
