@@ -225,7 +225,7 @@ class GPT(nn.Module):
         return [p for p in self.transformer.h.parameters() if p.dim() == 2]
 
     def crop_block_size(self, block_size):
-        """Shortens the context to `block_size` tokens, for finetuning on shorter sequences."""
+        """Shortens the context to `block_size` tokens, to finetune on."""
         check_ranges(dict(block_size=block_size), "block_size", 1, self.config.block_size)
         self.config.block_size = block_size
         weight = self.transformer.wpe.weight[:block_size].detach().clone()

@@ -88,7 +88,9 @@ config = configure(globals())
 rank, local_rank, world_size = runtime.process_ranks()
 master_process = rank == 0  # the one that prints, logs and saves
 
-checkpoint = None
+run_lock, checkpoint = None, None
+if master_process and not eval_only and os.path.isdir(out_dir):
+    run_lock = common.lock_folder(out_dir)  # before the checkpoint is read
 if init_from in ("resume", "auto"):
     checkpoint = read_checkpoint(out_dir, required=init_from == "resume")
 if checkpoint:
@@ -143,7 +145,7 @@ def seed_torch(stream, iteration, micro_step=0):
 
 def load_sequences(split, offsets):
     """x, the token ids at `offsets` (B,) of a split, and y, those that follow: (B, T) each."""
-    # A new memory map each time: an old one keeps every page that it has read in memory.
+    # A new map each time: an old one keeps every page that it has read in memory.
     tokens = np.memmap(token_files[split], dtype="<u2", mode="r")
     if len(tokens) < num_tokens[split]:
         raise UserError(f"{tokens.filename} was cut short: {common.prepare_hint(dataset)}")
@@ -164,7 +166,7 @@ def get_batch(split, stream, iteration, micro_step=0):
     # Random bits are those of the global batch, so any process can load any part of it.
     first = micro_step * batch_size
     bits = random_bits(stream, iteration, first + batch_size)[first:]  # (B,)
-    # Modulo favours low offsets by less than 1e-9, and is the same in every version of numpy.
+    # Modulo favours low offsets by less than 1e-9; all versions of numpy agree on it.
     offsets = (bits % (num_tokens[split] - block_size)).astype(np.int64)
     return load_sequences(split, offsets)
 
@@ -205,7 +207,7 @@ state = dict(
 )
 if optimizer_type == "muon":
     state["muon"] = model.configure_muon(weight_decay, learning_rate, muon_lr_scale)
-saved_iter = None  # the iteration of the latest ckpt.pt or last.pt
+saved_iter = None  # of the latest ckpt.pt or last.pt
 if checkpoint:
     restore(state, checkpoint)
     saved_iter = state["iter_num"]
@@ -245,7 +247,7 @@ def estimate_loss():
                 numbers = np.minimum(numbers, num_eval_sequences - 1)
                 x, y = load_sequences(split, numbers * block_size)
                 y = y.clone()  # x and y share memory
-                y[num_eval_sequences - k * batch_size:] = -1  # in the last batch
+                y[num_eval_sequences - k * batch_size:] = -1
             seed_torch(stream, k)
             with autocast:
                 _, loss = compiled_model(x, y)
@@ -260,8 +262,8 @@ def estimate_loss():
 
 def get_lr(iteration):
     """
-    Learning rate of an update: linear warm-up, then half a cosine down to min_lr (Loshchilov &
-    Hutter 2017), or for 'wsd' constant, then a linear decay (Hu et al. 2024).
+    Linear warm-up, then half a cosine down to min_lr (Loshchilov & Hutter 2017), or for 'wsd'
+    constant, then a linear decay (Hu et al. 2024).
     """
     if not decay_lr:
         return learning_rate
@@ -290,7 +292,7 @@ resume_command = f"python train.py --out_dir={shlex.quote(out_dir)} --init_from=
 
 
 def log_metrics(**row):
-    """Adds a row to log.csv, and to wandb, where train_loss is called train/loss."""
+    """Adds a row to log.csv, and to wandb, with train_loss as train/loss."""
     if not master_process:
         return
     try:
@@ -323,15 +325,14 @@ def save_after_error():
 
 # ---- start ----
 
-num_params = model.get_num_params(non_embedding=False) / 1e6
-print(f"{num_params:.2f}M parameters, {tokens_per_iter:,} tokens per iteration, {world_size} x "
-      f"{device_type} in {dtype}, {compile=}, {torch.get_num_threads()} threads, from iteration "
-      f"{state['iter_num']}")
+print(f"{model.get_num_params(non_embedding=False) / 1e6:.2f}M parameters, {tokens_per_iter:,} "
+      f"tokens per iteration, {world_size} x {device_type} in {dtype}, {compile=}, "
+      f"{torch.get_num_threads()} threads, from iteration {state['iter_num']}")
 if decay_lr and min_lr == 0 and lr_decay_iters < max_iters:
     print(f"note: max_iters={max_iters}, but the learning rate is 0 from {lr_decay_iters=} on")
 if not eval_only:
     if master_process:
-        run_lock = common.lock_folder(out_dir)  # until this process ends
+        run_lock = run_lock or common.lock_folder(out_dir)
         if wandb_log:
             wandb_run = runtime.start_wandb(wandb_project, wandb_run_name, config, state)
         if saved_iter is None:
@@ -398,7 +399,7 @@ while True:
         with autocast:
             _, micro_loss = ddp_model(x, y)
             micro_loss = micro_loss / len(micro_steps)
-        # Fetch the next micro-batch while the device is busy with this one.
+        # Fetch the next batch while the device is busy with this one.
         if is_last_micro_step:
             x, y = get_batch("train", TRAIN, iter_num + 1, micro_steps[0])
         else:

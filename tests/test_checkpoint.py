@@ -12,7 +12,7 @@ import torch
 from conftest import MakesFolder, assert_same_state, interrupt_at, load, newest
 
 import checkpoint as checkpoint_module
-from checkpoint import back_up, load_optimizer, save_checkpoint
+from checkpoint import back_up, load_optimizer, read_checkpoint, save_checkpoint
 from data.common import lock_folder, read_vocabulary
 from model import GPT, GPTConfig
 
@@ -203,7 +203,14 @@ def test_resume_passes_over_a_damaged_checkpoint(two_checkpoints, train, capfd, 
         train("a", "--init_from=auto")
 
 
-def test_a_folder_serves_one_run_at_a_time(out_dir, train, run):
+def test_a_folder_serves_one_run_at_a_time(out_dir, train, run, monkeypatch):
+    def read_locked(*arguments, **options):
+        with pytest.raises(ValueError, match="in use"):
+            lock_folder(str(out_dir))
+        return read_checkpoint(*arguments, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr("checkpoint.read_checkpoint", read_locked)
+        train("a", "--init_from=resume", "--max_iters=3")
     before = contents(out_dir)
     with lock_folder(str(out_dir)):
         train("a", "--init_from=resume", "--eval_only=True")  # writes nothing
