@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import os
+import pickle
 import re
 import zipfile
 from pathlib import Path
@@ -38,7 +39,10 @@ def atomic_write(path):
 
 
 def save_checkpoint(path, state, **values):
-    """Writes `state`, a dict of plain values and things with a state_dict, and `values`."""
+    """
+    Writes `state`, a dict of plain values and things with a state_dict, and `values`, atomically.
+    UserError if the disk is full or not writable.
+    """
     contents = {key: value.state_dict() if hasattr(value, "state_dict") else value
                 for key, value in state.items()}
     # A name that is used twice is a TypeError.
@@ -48,8 +52,10 @@ def save_checkpoint(path, state, **values):
         with atomic_write(path) as file:
             torch.save(checkpoint, file)
             file.flush()
-            # An error now if a value is neither a tensor nor plain: a resume could not read it.
             torch.load(file.name, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path!r} could not be read again: `state`, settings and GPTConfig may "
+                         f"hold tensors and plain values only ({error})") from None
     except (OSError, RuntimeError) as error:
         raise UserError(f"cannot save {path!r}, earlier checkpoints are intact: {error}") from None
 
@@ -79,8 +85,9 @@ def load_checkpoint(path):
 
 def read_checkpoint(out_dir, best=False, required=False):
     """
-    The later one of ckpt.pt and last.pt in a folder, or with `best` ckpt.pt if there is one. The
-    other one if that is damaged. Without either None, or a UserError if it is `required`.
+    The checkpoint to resume, the later of ckpt.pt and last.pt, or with `best` the one to sample
+    from, ckpt.pt if it exists; if that one is damaged, the other. If neither exists, None, or a
+    UserError if one is `required`.
     """
     found, errors = [], []
     for name in ("ckpt.pt", "last.pt"):
@@ -93,7 +100,8 @@ def read_checkpoint(out_dir, best=False, required=False):
     if errors and not found:
         raise errors[0]
     if required and not found:
-        raise UserError(f"no ckpt.pt or last.pt in out_dir={out_dir!r}: check it and --init_from")
+        raise UserError(f"there is no ckpt.pt or last.pt in out_dir={out_dir!r}: name another "
+                        "--out_dir, or start the run (again) without --init_from")
     for error in errors:
         print(f"note: {error}; using the other one")
     # on a tie ckpt.pt, the first: it was written later
@@ -117,7 +125,7 @@ def load_optimizer(optimizer, saved):
     """Restores an optimizer's state; its options, such as weight decay, stay as they are now."""
     try:
         own_groups = optimizer.state_dict()["param_groups"]
-        # torch compares the numbers of params; a scheduler in `state` may read lr
+        # params as saved: torch compares their number; lr as saved: a scheduler may read it
         groups = [dict(own, params=old["params"], lr=old["lr"])
                   for own, old in zip(own_groups, saved["param_groups"], strict=True)]
         optimizer.load_state_dict(dict(param_groups=groups, state=saved["state"]))

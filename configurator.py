@@ -40,10 +40,11 @@ def set_environment():
 def configure(settings, paths=None):
     """
     Overrides `settings`, a script's globals, from sys.argv and returns all settings as a dict.
-    With a list `paths`, arguments that are not options go there, and are no config files.
+    With a list `paths`, arguments that do not begin with - are appended to it, not run as configs.
     """
     sys.excepthook = excepthook
-    sys.unraisablehook = lambda hook: excepthook(hook.exc_type, hook.exc_value, hook.exc_traceback)
+    # for errors in atexit functions, such as saving after an error
+    sys.unraisablehook = lambda args: excepthook(args.exc_type, args.exc_value, args.exc_traceback)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # not in a notebook, nor after 2>&-
             # Any text can be printed: replaced on a terminal, UTF-8 in files and pipes.
@@ -92,7 +93,7 @@ def run_config_file(path, config):
                         "files or --key=value") from None
     # Settings are passed as builtins: the file can read them, and its globals are what it assigns.
     names = {"__name__": "__config__", "__file__": path, "__builtins__": vars(builtins) | config}
-    exec(compile(source, path, "exec"), names)
+    exec(builtins.compile(source, path, "exec"), names)  # a script may have a global `compile`
     return plain_values(names) | {key: names[key] for key in config.keys() & names.keys()}
 
 
@@ -137,7 +138,10 @@ def check_choice(key, value, choices):
 
 
 def restore_settings(config, checkpoint, not_restored):
-    """On resume, settings not given now, and the model's shape, come from the checkpoint."""
+    """
+    Updates `config` on resume: settings not given now, but for `not_restored`, and the model's
+    shape come from the checkpoint. Prints a note for each given setting that differs.
+    """
     shape = checkpoint["model_args"].keys() - {"dropout"}
     for key, old_value in (checkpoint["config"] | checkpoint["model_args"]).items():
         if key not in config or key in not_restored:
@@ -154,7 +158,7 @@ def help_text(settings):
     """The script's docstring, then its settings as the source has them, with their comments."""
     script = Path(settings["__file__"]).read_text(encoding="utf-8")
     source = script.split("configure(globals()")[0]
-    found = re.findall(r"^(?:\w+ = |# ).+", source, re.MULTILINE)  # settings and headings
+    found = re.findall(r"^(?:[a-z]\w* = |# ).+", source, re.MULTILINE)  # settings and headings
     lines = [re.sub(r"^(\w+) = ", r"  --\1=", line) for line in found]
     return "\n".join([settings["__doc__"].strip(), "", "settings (--key=value):", *lines])
 
@@ -165,7 +169,10 @@ def printable(text):
 
 
 def excepthook(kind, error, trace):
-    """Prints an uncaught exception: a mistake of the user in one line, others in full."""
+    """
+    Prints an uncaught exception: a UserError, a missing file, too little memory or a lost process
+    in one line, others with their traceback.
+    """
     message = " ".join(str(error).split())[:1000]
     text = "".join(traceback.format_exception(kind, error, trace)).strip()
     modules = [frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(trace)]

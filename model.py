@@ -42,7 +42,7 @@ class GPTConfig:
 
 
 def linear(n_in, n_out, bias, std=0.02):
-    """nn.Linear, initialized here only: weights from N(0, std²), biases 0."""
+    """nn.Linear with weights from N(0, std²) and biases 0, not torch's own."""
     layer = skip_init(nn.Linear, n_in, n_out, bias=bias)
     nn.init.normal_(layer.weight, std=std)
     if bias:
@@ -164,7 +164,7 @@ class GPT(nn.Module):
         """
         Maps token ids `idx` (B, T) to (logits (B, T, V), None), or with `targets` (B, T), where -1
         is ignored, to (None, mean cross entropy in nats): the logits can then be freed.
-        With `caches` (one a layer) `idx` is the prompt, then single tokens; logits are the last.
+        With `caches`, one per layer, `idx` is the prompt, then single tokens; logits (B, 1, V).
         """
         start = max(cache.length for cache in caches) if caches else 0
         end = start + idx.size(1)
@@ -225,7 +225,7 @@ class GPT(nn.Module):
         return [p for p in self.transformer.h.parameters() if p.dim() == 2]
 
     def crop_block_size(self, block_size):
-        """Shortens the context to `block_size` tokens, to finetune on."""
+        """Shortens the context to `block_size` tokens, for finetuning."""
         check_ranges(dict(block_size=block_size), "block_size", 1, self.config.block_size)
         self.config.block_size = block_size
         weight = self.transformer.wpe.weight[:block_size].detach().clone()
@@ -237,8 +237,8 @@ class GPT(nn.Module):
     def generate_stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None,
                         vocab_limit=None):
         """
-        Continues the sequences `idx` (B, T), T >= 1: yields `max_new_tokens` times the next token
-        of each, (B, 1).
+        Continues the sequences `idx` (B, T), T >= 1: yields the next token of each, (B, 1),
+        `max_new_tokens` times.
 
         temperature   divides the logits; 0 is greedy
         top_k         draws from the k most probable tokens (None or 0: all)
@@ -246,8 +246,8 @@ class GPT(nn.Module):
                       nucleus sampling, Holtzman et al. 2020)
         vocab_limit   tokens from this id on, the padding of the vocabulary, are never drawn
 
-        Keys and values are cached. When the context is full, its later half is read again as a new
-        one: up to block_size tokens, greedy tokens equal those of the plain forward pass.
+        Keys and values are cached. Greedy tokens equal those of the plain forward pass up to
+        block_size tokens; then the later half of the context is read again, as a new one.
         """
         block_size = self.config.block_size
         capacity = min(block_size, idx.size(1) + max_new_tokens)

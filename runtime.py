@@ -37,7 +37,7 @@ store = None  # of torch.distributed, for messages between processes outside col
 def process_ranks():
     """(rank, local_rank, world_size) as torchrun sets them; all but rank 0 are silenced."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    rank = int(os.environ["RANK"]) if world_size > 1 else 0
+    rank = int(os.environ.get("RANK", 0)) if world_size > 1 else 0
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if rank > 0:
         sys.stdout = open(os.devnull, "w")
@@ -51,7 +51,8 @@ def init_processes(rank, world_size, backend, device_type):
     if backend == "auto":
         backend = "nccl" if device_type == "cuda" else "gloo"
     if world_size > 1:
-        # The waits below are in C++, where Python cannot answer Ctrl-C: let it end the process.
+        # The waits below are in C++, where Python cannot answer Ctrl-C. Until catch_signals, it
+        # ends the process.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
         # note: torchrun's store survives a restart, and with it the addresses of dead workers. So
@@ -94,7 +95,7 @@ def check_same(**values):
 
 
 def wrap_ddp(model, dropout):
-    """The model in DistributedDataParallel, which averages the gradients, if there are others."""
+    """Wraps the model to average gradients over the processes; in one process, returns it."""
     if not dist.is_initialized():
         return model
     if dropout > 0:  # a graph split at DDP's buckets would draw other dropout masks
@@ -123,7 +124,7 @@ stop_signal = 0  # the number of the signal that asked this process to stop
 
 
 def catch_signals():
-    """From here on, signals set `stop_signal`; a second Ctrl-C ends the process at once."""
+    """From here on, signals set `stop_signal`; a second Ctrl-C ends the process immediately."""
     for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"):
         number = getattr(signal, name, None)  # Windows lacks some
         if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
@@ -151,7 +152,7 @@ def stop_requested():
 
 
 def start_wandb(project, name, config, state):
-    """A run on wandb: that of state["wandb_id"], or a new one, whose id is put there."""
+    """Continues the wandb run state["wandb_id"], or starts one and stores its id there."""
     import wandb
     try:
         run = wandb.init(project=project, name=name, config=config, id=state["wandb_id"],
@@ -167,7 +168,7 @@ def start_wandb(project, name, config, state):
 
 
 def setup_device(device, dtype, compile, local_rank=0, deterministic=False):
-    """Sets torch's global switches; returns the three settings without 'auto'."""
+    """Sets torch's global switches; returns device, dtype and compile with 'auto' resolved."""
     check_choice("dtype", dtype, ("auto", "float32", "bfloat16", "float16"))
     check_choice("compile", compile, ("auto", True, False))
     device = choose_device(device, local_rank)

@@ -94,7 +94,7 @@ if master_process and not eval_only and os.path.isdir(out_dir):
 if init_from in ("resume", "auto"):
     checkpoint = read_checkpoint(out_dir, required=init_from == "resume")
 if checkpoint:
-    # Settings given now win; the others come from the checkpoint, but for this command's own.
+    # Settings given now win; others come from the checkpoint, except this command's own.
     not_restored = ("out_dir", "init_from", "eval_only", "device", "compile", "backend")
     restore_settings(config, checkpoint, not_restored)
     globals().update(config)
@@ -283,12 +283,11 @@ def get_lr(iteration):
 
 COLUMNS = "iter train_loss val_loss loss lr grad_norm tokens_per_s time_ms mfu".split()
 log_path = os.path.join(out_dir, "log.csv")
-is_good = True  # the weights may be saved: they don't change, and updates are not skipped
+is_good = True  # the weights may be saved: not in mid-update, and losses are finite
 skipped_in_a_row = 0  # updates that were not finite
-# copies from before the update under way, whose forward pass may change them
+# copies from before the update under way: a forward pass may change them
 buffers = [buffer.clone() for buffer in model.buffers()]
 wandb_run = None
-resume_command = f"python train.py --out_dir={shlex.quote(out_dir)} --init_from=resume"
 
 
 def log_metrics(**row):
@@ -340,11 +339,12 @@ if not eval_only:
         trim_log(log_path, COLUMNS, state["iter_num"])
     state["wandb_id"] = runtime.broadcast(state["wandb_id"])
     runtime.catch_signals()
-    atexit.register(save_after_error)  # at a normal end all is saved
+    atexit.register(save_after_error)  # does nothing at a normal end
 
 # ---- the loop ----
 
 first_iter = state["iter_num"]
+resume_command = f"python train.py --out_dir={shlex.quote(out_dir)} --init_from=resume"
 num_updates = 0  # since the last log line
 start_time = t0 = time.perf_counter()  # t0: of the last log line, without evaluations
 x, y = get_batch("train", TRAIN, first_iter, micro_steps[0])
@@ -363,14 +363,14 @@ while True:
             break
         line = f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}"
         if eval_iters == 0:
-            bits = common.bits_per_byte(losses["val"], vocabulary["tokenizer"], token_files["val"],
-                                        num_eval_sequences * block_size)
-            line += f", {bits:.4f} bits per byte" if bits else ""
+            bpb = common.bits_per_byte(losses["val"], vocabulary["tokenizer"], token_files["val"],
+                                       num_eval_sequences * block_size)
+            line += f", {bpb:.4f} bits per byte" if bpb else ""
         if eval_only:
             print(line)
             break
         is_good = math.isfinite(losses["val"]) and skipped_in_a_row == 0
-        # <=: after an error while ckpt.pt was saved, the resumed run has an equal loss.
+        # <=, not <: if saving ckpt.pt fails, the resumed run meets the same loss again.
         is_best = is_good and losses["val"] <= state["best_val_loss"]
         if is_best:
             state["best_val_loss"] = losses["val"]
@@ -429,7 +429,7 @@ while True:
         if not math.isnan(mfu):
             line += f", mfu {mfu:.2%}"
         line += f", {tokens_per_s:,.0f} tokens/s"
-        if iter_num > first_iter:  # it is slow
+        if iter_num > first_iter:  # the first is slow
             eta = datetime.timedelta(seconds=int((max_iters - iter_num - 1) * dt))
             line += f", {eta} left"
         log_metrics(iter=iter_num, loss=loss, lr=lr, grad_norm=grad_norm,
@@ -444,9 +444,9 @@ while True:
         for optimizer in optimizers:
             scaler.step(optimizer)
         skipped_in_a_row = 0
-    else:  # on all processes: what is not finite may not reach the weights
+    else:  # on all processes: what is not finite must not reach the weights
         skipped_in_a_row += 1
-        print(f"iter {iter_num}: not finite, update skipped ({skipped_in_a_row} in a row)")
+        print(f"iter {iter_num}: gradient not finite, update skipped ({skipped_in_a_row} in a row)")
     scaler.update()
     state["iter_num"] += 1
     buffers = [buffer.clone() for buffer in model.buffers()]
@@ -472,7 +472,7 @@ if not eval_only:
         exit_code = 128 + number
         print(f"stopped by {signal.Signals(number).name}; to go on from iteration "
               f"{saved_iter or 0}: {resume_command}")
-    else:
+    elif is_good:
         print(f"to sample: python sample.py --out_dir={shlex.quote(out_dir)}")
 if wandb_run:
     wandb_run.finish(exit_code)

@@ -157,7 +157,8 @@ def check_vocabulary(dataset, vocabulary, vocab_size, tokenizer):
     same_size = vocab_size == num_ids or (vocab_size > num_ids and may_be_padded)
     if not same_size or tokenizer not in (None, vocabulary["tokenizer"]):
         raise UserError(f"the model, with a vocabulary of {vocab_size}, has other tokens than the "
-                        f"data set {dataset!r}: prepare it with --tokens=FOLDER of the model")
+                        f"data set {dataset!r}: prepare it with the model's, "
+                        "data/text/prepare.py --tokens=FOLDER")
 
 
 # ---- text to ids, and back ----
@@ -202,7 +203,7 @@ def make_tokenizer(tokenizer, vocab_size):
     of ids, and end-of-text's id or None. UserError if a model of `vocab_size` has other tokens.
     """
     if tokenizer is None:
-        raise UserError("the tokenizer is not known: the folder has no tokenizer.json")
+        raise UserError("the tokenizer is not known: the data set was prepared without one")
     if tokenizer == "gpt2":
         bpe = gpt2_bpe()
         encode, decode = functools.partial(bpe.encode, allowed_special="all"), bpe.decode
@@ -328,7 +329,7 @@ def split_text(text, val_frac=0.1):
 
 
 def write_text(folder, train, val, vocabulary):
-    """Writes two texts as a data set and prints its size."""
+    """Writes two texts, of characters or of documents that END_OF_TEXT separates, as a data set."""
     encode, _, _, end_token = make_tokenizer(**vocabulary)
     stoi = stoi_of(vocabulary["tokenizer"])
     all_ids, all_skipped = {}, []

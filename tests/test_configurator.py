@@ -42,11 +42,13 @@ def test_later_arguments_win(configured):
     assert configured("batch_size = 2\n", "--batch_size=3", "--batch_size=4")["batch_size"] == 4
 
 
-def test_scripts_can_exec_the_file_as_nanogpts_do(configured, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["script.py", "--batch_size=3"])
+def test_scripts_can_exec_the_file_as_nanogpts_do(configured, monkeypatch, tmp_path):
+    path = tmp_path / "config.py"
+    path.write_text("compile = False")
+    monkeypatch.setattr(sys, "argv", ["script.py", str(path), "--batch_size=3"])
     script = dict(DEFAULTS, __name__="__main__")
     exec((ROOT / "configurator.py").read_text(), script)
-    assert {key: script[key] for key in DEFAULTS} == DEFAULTS | dict(batch_size=3)
+    assert {key: script[key] for key in DEFAULTS} == DEFAULTS | dict(batch_size=3, compile=False)
 
 
 def test_unknown_settings_name_the_nearest(configured):

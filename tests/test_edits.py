@@ -245,5 +245,5 @@ def test_a_checkpoint_that_nothing_could_read_is_named_when_it_is_written(copy):
     best = 'state["best_val_loss"] = losses["val"]'
     copy.edit(("train.py", best, best.replace('losses["val"]', 'np.float64(losses["val"])')))
     output = copy.train("a", code=1)
-    assert "UnpicklingError" in output and "numpy" in output
+    assert "could not be read again: `state`, settings and GPTConfig may hold tensors" in output
     assert list(copy.folder.glob("a/*.pt*")) == []

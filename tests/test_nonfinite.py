@@ -38,7 +38,7 @@ def test_nonfinite_updates_are_skipped_and_counted(
         train, run, tmp_path, monkeypatch, where, options):
     poison(monkeypatch, {4 * 2 + 1, 4 * 4, 4 * 5}, where)  # one micro-batch of updates 2, 4 and 5
     train("a", *options)
-    pattern = r"iter (\d+): not finite, update skipped \((\d) in a row\)"
+    pattern = r"iter (\d+): gradient not finite, update skipped \((\d) in a row\)"
     assert re.findall(pattern, run.out) == [("2", "1"), ("4", "1"), ("5", "2")]
     saved = newest(tmp_path / "a")
     assert saved["iter_num"] == 8 and updates_made(saved) == 5

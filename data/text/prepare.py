@@ -27,8 +27,8 @@ vocab_size = 4096  # tokens of 'bpe'
 val_frac = 0.1  # fraction of the characters, at the end, held out for validation
 out_dir = str(HERE)  # where train.bin and val.bin go
 
-paths = []  # from the command line
-config = configure(globals(), paths=paths)
+_paths = []  # from the command line
+config = configure(globals(), _paths)
 check_ranges(config, "vocab_size", 257, 65536)
 check_ranges(config, "val_frac", 0, 1)
 
@@ -42,9 +42,9 @@ def find_files(path):
             and not any(part.startswith(".") for part in file.relative_to(path).parts)]
 
 
-if not paths:
+if not _paths:
     raise UserError("no text given; name files or folders: python data/text/prepare.py my.txt")
-named = [Path(path) for path in paths]
+named = [Path(path) for path in _paths]
 texts, skipped = [], []
 for path in tqdm(sum(map(find_files, named), []), disable=None):
     try:
