@@ -95,12 +95,15 @@ def read_vocabulary(path, default=None):
         return GPT2
     path = Path(path)
     names = ("tokenizer.json", "meta.pkl", "ckpt.pt", "last.pt")
+    errors = []
     for file in (path, *(path / name for name in names)):
         if file.is_file():
             try:
                 return read_vocabulary_file(file)
             except Exception as error:  # a damaged file can raise anything
-                raise UserError(f"cannot read a tokenizer from {str(file)!r}: {error!r}") from None
+                errors.append(f"cannot read a tokenizer from {str(file)!r}: {error!r}")
+    if errors:
+        raise UserError(errors[0])
     if (path / "train.bin").exists() or (path / "merges.txt").exists():
         return GPT2  # a data set, or an exported model
     if default is None:
@@ -115,8 +118,8 @@ def read_vocabulary_file(file):
         itos = {int(i): str(character) for i, character in meta.get("itos", {}).items()}
         return dict(vocab_size=int(meta["vocab_size"]), tokenizer=character_tokenizer(itos))
     if file.suffix == ".pt":
-        from checkpoint import read_checkpoint  # imports torch
-        run = read_checkpoint(str(file.parent), best=True)
+        import torch  # only here: it takes seconds
+        run = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         return dict(vocab_size=run["model_args"]["vocab_size"], tokenizer=run_tokenizer(run))
     from tokenizers import Tokenizer
     content = json.loads(file.read_text(encoding="utf-8"))
@@ -133,10 +136,10 @@ def read_vocabulary_file(file):
 
 def run_tokenizer(checkpoint):
     """The tokenizer in a checkpoint; None for nanoGPT's, which have none."""
-    if checkpoint["tokenizer"] is None and "itos" in checkpoint:  # before version 0.11
+    if "itos" in checkpoint and not checkpoint.get("tokenizer"):  # before version 0.11
         itos = checkpoint["itos"]
         return "gpt2" if itos is None else character_tokenizer(itos)
-    return checkpoint["tokenizer"]
+    return checkpoint.get("tokenizer")
 
 
 def write_vocabulary(folder, tokenizer):

@@ -197,6 +197,8 @@ def test_resume_passes_over_a_damaged_checkpoint(two_checkpoints, train, capfd, 
     note = capfd.readouterr().out
     if name == "last.pt":  # work is lost, which must be said
         assert re.match(r"note: .*last\.pt.*; using the other one\n$", note)
+    os.truncate(two_checkpoints / name, 5000)
+    train("b", f"--init_from={two_checkpoints}", "--max_iters=0")
     for path in two_checkpoints.glob("*.pt"):
         os.truncate(path, 5000)
     with pytest.raises(ValueError, match="cannot use the checkpoint"):
