@@ -152,14 +152,14 @@ def test_an_optimizers_state_is_copied_and_its_options_are_those_set_now():
     moments["exp_avg"] = torch.tensor(0.5, dtype=torch.float64).expand(moments["exp_avg"].shape)
     moments["exp_avg_sq"] = moments["exp_avg_sq"].t().contiguous().t()
     for group in saved["param_groups"]:
-        group.update(weight_decay=0.5, betas=(0.1, 0.2))
+        group.update(weight_decay=0.5, betas=(0.1, 0.2), lr=7.0)
     load_optimizer(adamw, saved)
     loaded = next(iter(adamw.state.values()))
     for name in ("exp_avg", "exp_avg_sq"):
         assert torch.equal(loaded[name], moments[name].float())
         assert loaded[name].is_contiguous() and loaded[name].dtype == torch.float32
         assert loaded[name].data_ptr() != moments[name].data_ptr()
-    assert [group["weight_decay"] for group in adamw.param_groups] == [0.1, 0.0]
+    assert [(g["weight_decay"], g["lr"]) for g in adamw.param_groups] == [(0.1, 7.0), (0.0, 7.0)]
     assert adamw.param_groups[0]["betas"] == (0.9, 0.95)
     with pytest.raises(ValueError, match="optimizer state .*resume with the optimizer"):
         load_optimizer(model.configure_muon(0.1, 1e-3), saved)

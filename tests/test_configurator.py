@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import subprocess
 import sys
 
 import numpy as np
@@ -184,6 +185,12 @@ def test_lost_peers_are_one_line(printed, monkeypatch):
         assert re.fullmatch(line, printed(error))
         monkeypatch.delenv("RANK")
         assert printed(error).startswith("Traceback")  # of something else
+
+
+def test_errors_at_exit_are_printed_alike():
+    script = "import atexit, configurator; configurator.configure({}); atexit.register(open, 'no')"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert run.stderr == "error: [Errno 2] No such file or directory: 'no'\n"
 
 
 @pytest.mark.parametrize("error", [

@@ -228,6 +228,14 @@ def test_parameters_without_a_gradient_in_some_updates_keep_none(copy):
     copy.check_exact("--n_layer=3", "--eval_interval=100", "--seed=4", processes=2)
 
 
+def test_running_statistics_are_rank_0s_in_evaluations(copy):
+    seen = "        self.seen += self.training * idx.float().mean()\n        x *= self.seen\n"
+    copy.edit(
+        ("model.py", TIED, TIED + "        self.register_buffer('seen', torch.zeros(()))\n"),
+        ("model.py", "        x = self.transformer.drop(x)\n", seen))
+    copy.check_exact("--eval_interval=2", processes=2)
+
+
 def test_buffers_are_saved_as_they_were_before_the_update_under_way(copy):
     start = "        start = max("
     copy.edit(
